@@ -1,0 +1,17 @@
+// All kernels for one instruction set, and the table of them. dispatch.cpp includes this file in one namespace for each.
+
+#include "simd.h"
+
+#include "microkernel.h"
+
+#include "layer_norm.h"
+
+#include "philox.h"
+
+#include "attention.h"
+
+#include "machine.h"
+
+template <class T>
+constexpr KernelsFor<T> kernels_for = {layer_norm_forward<T>, layer_norm_backward<T>, attention_forward<T>,
+                                       attention_backward<T>};

@@ -1,0 +1,111 @@
+// One source, several instruction sets: every kernel header is included once for each, in a namespace of its own and
+// compiled for that instruction set. Which table of kernels is used is decided when the package is imported.
+//
+// Nothing that the whole program shares may be compiled inside such a region, or the linker might keep the copy that
+// uses AVX for everybody. So the headers of the standard library and of this project that have include guards come
+// first, and each template of the kernels stands inside its namespace.
+
+#include "kernels.h"
+#include "parallel.h"
+
+#include <cstddef>
+#include <cstdint>
+
+// Vectors wider than the baseline's change how they would be passed between functions; here, they never are.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(__x86_64__)
+
+namespace fastgpt {
+
+namespace sse2 { // what every x86-64 has
+#define FASTGPT_VECTOR_BYTES 16
+#define FASTGPT_MR 4
+#define FASTGPT_NV 2
+#include "all_kernels.h"
+#undef FASTGPT_VECTOR_BYTES
+#undef FASTGPT_MR
+#undef FASTGPT_NV
+} // namespace sse2
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#define FASTGPT_VECTOR_BYTES 32
+#define FASTGPT_MR 4
+#define FASTGPT_NV 3
+#include "all_kernels.h"
+#undef FASTGPT_VECTOR_BYTES
+#undef FASTGPT_MR
+#undef FASTGPT_NV
+} // namespace avx2
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#define FASTGPT_VECTOR_BYTES 64
+#define FASTGPT_MR 8
+#define FASTGPT_NV 3
+#include "all_kernels.h"
+#undef FASTGPT_VECTOR_BYTES
+#undef FASTGPT_MR
+#undef FASTGPT_NV
+} // namespace avx512
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#define FASTGPT_TABLE(isa, runs_here)                                                                                 \
+    {#isa, [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work,           \
+     isa::read_work}
+
+static const Kernels tables[] = {
+    FASTGPT_TABLE(sse2, true),
+    FASTGPT_TABLE(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    FASTGPT_TABLE(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+};
+
+} // namespace fastgpt
+
+#else // any other processor: vectors of 16 bytes, lowered to NEON or whatever the compiler has
+
+namespace fastgpt {
+#if defined(__aarch64__)
+#define FASTGPT_ISA_NAME neon
+#else
+#define FASTGPT_ISA_NAME generic
+#endif
+namespace FASTGPT_ISA_NAME {
+#define FASTGPT_VECTOR_BYTES 16
+#define FASTGPT_MR 4
+#define FASTGPT_NV 3
+#include "all_kernels.h"
+} // namespace FASTGPT_ISA_NAME
+static const Kernels tables[] = {
+#if defined(__aarch64__)
+    {"neon", [] { return true; }, neon::kernels_for<float>, neon::kernels_for<double>, neon::fma_work, neon::read_work},
+#else
+    {"generic", [] { return true; }, generic::kernels_for<float>, generic::kernels_for<double>, generic::fma_work,
+     generic::read_work},
+#endif
+};
+} // namespace fastgpt
+
+#endif
+
+namespace fastgpt {
+const Kernels* const kernels_begin = tables;
+const Kernels* const kernels_end = tables + sizeof tables / sizeof tables[0];
+} // namespace fastgpt

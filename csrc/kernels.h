@@ -1,0 +1,64 @@
+// What the bindings know of the kernels: a table of function pointers, which dispatch.cpp fills once per instruction set.
+#pragma once
+#include <cstdint>
+
+// always: an intrinsic in all but name. never: a loop that is worth its own registers.
+#define FASTGPT_INLINE inline __attribute__((always_inline))
+#define FASTGPT_NOINLINE __attribute__((noinline))
+
+namespace fastgpt {
+
+// Rows of adjacent values in a tensor of any rank and strides: row i of the last dimension, counted as if contiguous.
+template <class T> struct Rows {
+    static constexpr int max_rank = 8;
+    T* data = nullptr;
+    long count = 1;
+    int rank = 0; // of the leading dimensions
+    long size[max_rank], stride[max_rank];
+
+    FASTGPT_INLINE T* operator[](long i) const {
+        if (rank == 1) return data + i * stride[0];
+        T* p = data;
+        for (int d = rank - 1; d >= 0; d--) p += i % size[d] * stride[d], i /= size[d];
+        return p;
+    }
+};
+
+// (B, T, channels) with adjacent channels.
+template <class T> struct Sequence {
+    T* data;
+    long batch, time; // strides
+    FASTGPT_INLINE T* at(long b, long t) const { return data + b * batch + t * time; }
+};
+
+struct AttentionShape {
+    long B, T, H, D;
+    double dropout;
+    uint64_t seed;
+};
+
+// Rows that one task of layer_norm takes: some 64 KiB, so that small inputs stay on one core.
+FASTGPT_INLINE long layer_norm_block(long C) { return 16384 / C < 1 ? 1 : 16384 / C; }
+
+template <class T> struct KernelsFor {
+    void (*layer_norm_forward)(const Rows<const T>& x, const T* weight, const T* bias, T eps, long C, T* y, T* mean,
+                               T* rstd);
+    void (*layer_norm_backward)(const Rows<const T>& dy, const Rows<const T>& x, const T* weight, const T* mean,
+                                const T* rstd, long C, T* dx, T* dweight, T* dbias);
+    void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse);
+    void (*attention_backward)(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
+                               Sequence<const T> out, const T* lse, T* dqkv);
+};
+
+struct Kernels {
+    const char* name; // as FASTGPT_ISA spells it
+    bool (*runs_here)();
+    KernelsFor<float> f32;
+    KernelsFor<double> f64;
+    double (*fma_work)(long n);                                 // does n fused multiply-adds a lane; -> their number in all
+    double (*read_work)(const float* data, long n, double* out); // sums n floats into *out; -> bytes read
+};
+
+extern const Kernels *const kernels_begin, *const kernels_end; // from the oldest instruction set to the newest
+
+} // namespace fastgpt

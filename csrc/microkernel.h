@@ -1,0 +1,76 @@
+// C (+)= A B for a block of C that fits in registers: the one inner loop that all matrix products here share.
+//
+//            NV registers of VL values
+//          +--------+--------+--------+
+//     B[k] |   b0   |   b1   |   b2   |        one row of B, loaded once per k
+//          +--------+--------+--------+
+//   A[0,k] | c[0,0] | c[0,1] | c[0,2] |
+//   A[1,k] | c[1,0] |  ...   |        |        MR rows: one value of A is broadcast
+//     ...  |        |        |        |        and multiplied with all of B[k]
+//          +--------+--------+--------+
+//
+// MR x NV accumulators stay in registers for the whole loop over k: 4 x 3 with AVX2's 16 registers, 8 x 3 with the 32 of
+// AVX-512. That is enough independent additions to keep two FMA units busy, and each loaded value is used MR or NV times
+// (the names are those of BLIS, Van Zee and van de Geijn 2015). A may lie in memory with any two strides, so a transposed
+// A costs nothing.
+
+constexpr int MR = FASTGPT_MR, NV = FASTGPT_NV;
+
+template <class T, int ROWS, int VECS, bool ACCUMULATE>
+FASTGPT_INLINE void microkernel(long K, const T* A, long a_row, long a_col, const T* B, long b_row, T* C, long c_row) {
+    vec<T> c[ROWS][VECS] = {};
+    for (long k = 0; k < K; k++) {
+        vec<T> b[VECS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECS; j++) b[j] = load(B + k * b_row + j * VL<T>);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            const vec<T> a = broadcast(A[i * a_row + k * a_col]);
+#pragma GCC unroll 8
+            for (int j = 0; j < VECS; j++) c[i][j] += a * b[j];
+        }
+    }
+    // What C held is added last: K terms and then one sum round less than one long chain over all calls.
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECS; j++) {
+            T* to = C + i * c_row + j * VL<T>;
+            store(to, ACCUMULATE ? load(to) + c[i][j] : c[i][j]);
+        }
+}
+
+// The same for M rows (a multiple of MR) and `vectors` <= NV registers.
+template <class T, bool ACCUMULATE>
+FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, const T* A, long a_row, long a_col, const T* B,
+                                    long b_row, T* C, long c_row) {
+    static_assert(NV == 2 || NV == 3, "one case for each possible number of registers");
+    for (int m = 0; m < M; m += MR) {
+        const T* a = A + m * a_row;
+        T* c = C + m * c_row;
+        if (vectors == NV) microkernel<T, MR, NV, ACCUMULATE>(K, a, a_row, a_col, B, b_row, c, c_row);
+        else if (vectors == 2) microkernel<T, MR, 2, ACCUMULATE>(K, a, a_row, a_col, B, b_row, c, c_row);
+        else microkernel<T, MR, 1, ACCUMULATE>(K, a, a_row, a_col, B, b_row, c, c_row);
+    }
+}
+
+// How a row of `vectors` registers is cut into panels of at most NV: as evenly as can be, 4 = 2 + 2 and not 3 + 1.
+struct Panels {
+    int left, vectors = 0, begin = 0; // the panel at hand: first register, number of registers
+    explicit Panels(int total) : left(total) {}
+    bool next() {
+        begin += vectors;
+        if (left == 0) return false;
+        const int panels = (left + NV - 1) / NV;
+        vectors = (left + panels - 1) / panels;
+        left -= vectors;
+        return true;
+    }
+};
+
+// The same for any number of registers.
+template <class T, bool ACCUMULATE>
+FASTGPT_INLINE void product(int M, int vectors, long K, const T* A, long a_row, long a_col, const T* B, long b_row, T* C,
+                            long c_row) {
+    for (Panels p(vectors); p.next();)
+        panel_product<T, ACCUMULATE>(M, p.vectors, K, A, a_row, a_col, B + p.begin * VL<T>, b_row, C + p.begin * VL<T>,
+                                     c_row);
+}

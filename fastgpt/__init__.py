@@ -1,0 +1,38 @@
+"""GPT-2's five formulas as fused C++ kernels: a drop-in for gpt.py's own.
+
+    import fastgpt, gpt
+    model = gpt.GPT(gpt.GPTConfig(), ops=fastgpt)
+
+layer_norm, gelu, linear, attention and lm_loss have the signatures of gpt.py's functions and the same values and
+gradients. The environment variable FASTGPT_ISA forces an instruction set (see `fastgpt info`).
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+try:
+    from . import _kernels
+except ImportError as error:
+    raise ImportError(
+        f"fastgpt: the compiled kernels are missing in {Path(__file__).parent} ({error}). In the project's folder, "
+        "`pip install -e .` builds them in place; after a plain `pip install .`, start Python in another folder"
+    ) from error
+
+from .ops import attention, gelu, layer_norm, linear, lm_loss
+
+__all__ = ["attention", "gelu", "layer_norm", "linear", "lm_loss"]
+
+
+def _use_torchs_threads():
+    """Hand torch's thread pool to the kernels: two addresses, found in the library that is loaded already."""
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))))
+    functions = (library.torch_parallel_for, library.torch_get_num_threads)
+    _kernels.use_thread_pool(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+
+
+_use_torchs_threads()
+if "FASTGPT_ISA" in os.environ:
+    _kernels.set_isa(os.environ["FASTGPT_ISA"])

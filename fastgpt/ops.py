@@ -1,0 +1,191 @@
+"""The five formulas of gpt.py as fused kernels, each a torch.library op with a fake and an autograd formula.
+
+Every function takes and returns what gpt.py's function of the same name does, for float32 and float64 tensors on the
+CPU. Tensors cross into C++ as NumPy arrays that share their memory; the last dimension must be contiguous, the other
+strides are free, and nothing is converted or copied. Errors name the argument, what came and what was expected:
+TypeError for what is no tensor or has another dtype, ValueError for the rest.
+
+Gradients are first derivatives; a second differentiation raises NotImplementedError.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _kernels
+
+# torch.library.custom_op registers the same things, but its wrappers cost 13 us more a call with gradients.
+_library = torch.library.Library("fastgpt", "DEF")
+
+
+def _register(fake):
+    """Make the decorated function the torch.ops.fastgpt op of its name, for the CPU; `fake` gives shapes and dtypes."""
+
+    def register(function):
+        name = function.__name__.lstrip("_")
+        schema = name + torch.library.infer_schema(function, mutates_args=())
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CPU")
+        torch.library.register_fake(f"fastgpt::{name}", fake, lib=_library)
+        return getattr(torch.ops.fastgpt, name).default
+
+    return register
+
+
+def _differentiate(name, setup_context, gradients):
+    torch.library.register_autograd(f"fastgpt::{name}", gradients, setup_context=setup_context, lib=_library)
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"fastgpt.{name} has no second derivative; gpt.py's formula has one")
+
+    torch.library.register_autograd(f"fastgpt::{name}_backward", refuse, lib=_library)
+
+
+def _check(op, **tensors):
+    """What C++ can't tell from an array: that these are tensors, on the CPU, in a dtype that NumPy knows."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
+        if x.device.type not in ("cpu", "meta") or x.layout is not torch.strided:
+            raise ValueError(f"{op}: {name} is a {x.layout} tensor on {x.device}, expected a dense one on the CPU")
+        if x.dtype is not torch.float32 and x.dtype is not torch.float64:
+            raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected torch.float32 or torch.float64")
+
+
+def _rows_adjacent(grad):
+    """A gradient as the kernels read it. Autograd may hand over an expanded scalar; only then is it copied."""
+    return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------- layer_norm
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each row of the last dimension to mean 0 and variance 1, then scaled and shifted (Ba, Kiros and Hinton 2016).
+
+    (..., C), (C,), (C,) -> (..., C), float32 or float64. Of x only the last dimension must be contiguous.
+    One read of x; saves each row's mean and reciprocal deviation. The backward fuses dx, dweight and dbias.
+    Raises TypeError or ValueError for other dtypes, shapes, strides or devices.
+    """
+    _check("layer_norm", x=x, weight=weight, bias=bias)
+    return _layer_norm(x, weight, bias, eps)[0]
+
+
+def _layer_norm_fake(x, weight, bias, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1])
+
+
+@_register(_layer_norm_fake)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, rstd = _layer_norm_fake(x, weight, bias, eps)
+    _kernels.layer_norm_forward(
+        x.numpy(), weight.numpy(), bias.numpy(), eps, out.numpy(), mean.numpy(), rstd.numpy()
+    )
+    return out, mean, rstd
+
+
+def _layer_norm_backward_fake(dout, x, weight, mean, rstd):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+@_register(_layer_norm_backward_fake)
+def _layer_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _layer_norm_backward_fake(dout, x, weight, mean, rstd)
+    arrays = (t.numpy() for t in (_rows_adjacent(dout), x, weight, mean, rstd, *grads))
+    _kernels.layer_norm_backward(*arrays)
+    return grads
+
+
+def _layer_norm_setup(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _layer_norm_gradients(ctx, dout, *_):
+    return *_layer_norm_backward(dout, *ctx.saved_tensors), None
+
+
+_differentiate("layer_norm", _layer_norm_setup, _layer_norm_gradients)
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Causal softmax(Q K^T / sqrt(D)) V in each head, in tiles: no T x T tensor (Dao 2023, "FlashAttention-2").
+
+    (B, T, 3C) -> (B, T, C), float32 or float64; qkv holds queries, keys and values side by side, as one projection
+    wrote them, and gets its gradient in the same form. `dropout` zeroes that share of the attention weights and scales
+    the others up; which ones follows from `seed` (0 <= seed < 2**64) exactly as in gpt.py's dropout_mask.
+    Saves `out` and one number a query and head, the log-sum-exp in base 2.
+    Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or if 3 * n_head doesn't divide 3C.
+    """
+    _check("attention", qkv=qkv)
+    return _attention(qkv, n_head, dropout, seed)[0]
+
+
+def _attention_fake(qkv, n_head, dropout, seed):
+    B, T, channels = qkv.shape
+    return qkv.new_empty(B, T, channels // 3), qkv.new_empty(B, n_head, T)
+
+
+@_register(_attention_fake)
+def _attention(qkv: Tensor, n_head: int, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+    if qkv.dim() != 3 or n_head < 1:  # nothing to allocate: only the error
+        _kernels.attention_forward(qkv.numpy(), n_head, dropout, seed, qkv.numpy(), qkv.numpy())
+    out, lse = _attention_fake(qkv, n_head, dropout, seed)
+    _kernels.attention_forward(qkv.numpy(), n_head, dropout, seed, out.numpy(), lse.numpy())
+    return out, lse
+
+
+def _attention_backward_fake(dout, qkv, out, lse, n_head, dropout, seed):
+    return qkv.new_empty(qkv.shape)
+
+
+@_register(_attention_backward_fake)
+def _attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout: float, seed: int
+) -> Tensor:
+    dqkv = qkv.new_empty(qkv.shape)
+    arrays = (t.numpy() for t in (_rows_adjacent(dout), qkv, out, lse))
+    _kernels.attention_backward(*arrays, n_head, dropout, seed, dqkv.numpy())
+    return dqkv
+
+
+def _attention_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], *output)
+    ctx.options = inputs[1:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_gradients(ctx, dout, _):
+    return _attention_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_differentiate("attention", _attention_setup, _attention_gradients)
+
+# -------------------------------------------------------------------------------------- what torch does so far
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016), of any shape. So far this is torch's F.gelu."""
+    _check("gelu", x=x)
+    return F.gelu(x, approximate="tanh")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N). So far this is torch's F.linear."""
+    _check("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    return F.linear(x, weight, bias)
+
+
+def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of softmax(hidden @ weight.T) over the targets that aren't -1.
+
+    (B, T, C), (V, C), int64 (B, T) -> (). So far this is torch's F.linear and F.cross_entropy.
+    """
+    _check("lm_loss", hidden=hidden, weight=weight)
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2), targets.flatten(), ignore_index=-1)
