@@ -223,7 +223,7 @@ void attention_forward(const py::array& qkv, long n_head, double dropout, uint64
         const auto packed = input.sequence<T>();
         T* o = Argument{op, "out", out}.output<T>({s.B, s.T, s.H * s.D});
         T* l = Argument{op, "lse", lse}.output<T>({s.B, s.H, s.T});
-        if (s.B * s.T) compute([&] { chosen<T>().attention_forward(s, packed, o, l); });
+        if (s.B > 0 && s.T > 0) compute([&] { chosen<T>().attention_forward(s, packed, o, l); });
     });
 }
 
@@ -242,7 +242,7 @@ void attention_backward(const py::array& dout, const py::array& qkv, const py::a
         const auto g = gradient.sequence<T>(), o = output.sequence<T>();
         const T* l = Argument{op, "lse", lse}.input<T>({s.B, s.H, s.T});
         T* to_qkv = Argument{op, "dqkv", dqkv}.output<T>({s.B, s.T, 3 * s.H * s.D});
-        if (s.B * s.T) compute([&] { chosen<T>().attention_backward(s, g, packed, o, l, to_qkv); });
+        if (s.B > 0 && s.T > 0) compute([&] { chosen<T>().attention_backward(s, g, packed, o, l, to_qkv); });
     });
 }
 

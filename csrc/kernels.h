@@ -4,6 +4,7 @@
 
 // always: an intrinsic in all but name. never: a loop that is worth its own registers.
 #define FASTGPT_INLINE inline __attribute__((always_inline))
+#define FASTGPT_LAMBDA __attribute__((always_inline))
 #define FASTGPT_NOINLINE __attribute__((noinline))
 
 namespace fastgpt {

@@ -17,99 +17,98 @@
 // The columns of dweight and dbias are summed within fixed blocks of rows and then block by block, so the order depends
 // on the shape alone and the bits do not depend on the number of threads.
 
-// Four partial sums: enough additions in flight to hide their latency.
-template <class T, class F> FASTGPT_INLINE T row_sum(long C, const F& term) {
-    constexpr int L = VL<T>;
-    vec<T> s[4] = {};
+//
+// R rows are taken at once: their sums hide each other's latency, and weight and bias are loaded once for all of them.
+
+// step(c, n) for all channels, n = VL at a time and what is left over at the end.
+template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const Step& step) {
     long c = 0;
-    for (; c + 4 * L <= C; c += 4 * L)
-        for (int i = 0; i < 4; i++) s[i] += term(c + i * L, L);
-    for (; c + L <= C; c += L) s[0] += term(c, L);
-    if (c < C) s[1] += term(c, int(C - c));
-    return sum<T>((s[0] + s[1]) + (s[2] + s[3]));
+    for (; c + VL<T> <= C; c += VL<T>) step(c, VL<T>);
+    if (c < C) step(c, int(C - c));
+}
+
+template <class T, int R>
+FASTGPT_INLINE void layer_norm_forward_rows(const Rows<const T>& x, const T* weight, const T* bias, T eps, long C,
+                                            long r, T* y, T* mean, T* rstd) {
+    constexpr int L = VL<T>;
+    const T* row[R];
+    vec<T> m[R], s[R], total[R] = {}, squares[R] = {};
+    for (int i = 0; i < R; i++) row[i] = x[r + i];
+    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) total[i] += load_first(row[i] + c, n);
+    });
+    for (int i = 0; i < R; i++) m[i] = broadcast(mean[r + i] = sum<T>(total[i]) / T(C));
+    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) {
+            vec<T> d = load_first(row[i] + c, n) - m[i];
+            for (int lane = n; lane < L; lane++) d[lane] = 0; // behind the row: not -mean
+            squares[i] += d * d;
+        }
+    });
+    for (int i = 0; i < R; i++)
+        s[i] = broadcast(rstd[r + i] = T(1) / T(__builtin_sqrt(sum<T>(squares[i]) / T(C) + eps)));
+    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
+        const vec<T> w = load_first(weight + c, n), b = load_first(bias + c, n);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++)
+            store_first(y + (r + i) * C + c, (load_first(row[i] + c, n) - m[i]) * s[i] * w + b, n);
+    });
 }
 
 template <class T>
 void layer_norm_forward(const Rows<const T>& x, const T* weight, const T* bias, T eps, long C, T* y, T* mean, T* rstd) {
-    constexpr int L = VL<T>;
     const long block = layer_norm_block(C);
     parallel_tasks((x.count + block - 1) / block, [&](int64_t task) {
-        for (long r = task * block; r < (task + 1) * block && r < x.count; r++) {
-            const T* row = x[r];
-            const T mu = row_sum<T>(C, [&](long c, int n) { return load_first(row + c, n); }) / T(C);
-            const vec<T> m = broadcast(mu);
-            const T var = row_sum<T>(C, [&](long c, int n) {
-                vec<T> d = load_first(row + c, n) - m;
-                for (int i = n; i < L; i++) d[i] = 0; // behind the row: not -mean
-                return d * d;
-            }) / T(C);
-            const T rs = T(1) / __builtin_sqrt(var + eps);
-            const vec<T> s = broadcast(rs);
-            T* out = y + r * C;
-            long c = 0;
-            for (; c + L <= C; c += L)
-                store(out + c, (load(row + c) - m) * s * load(weight + c) + load(bias + c));
-            for (; c < C; c++) out[c] = (row[c] - mu) * rs * weight[c] + bias[c];
-            mean[r] = mu;
-            rstd[r] = rs;
-        }
+        const long end = (task + 1) * block < x.count ? (task + 1) * block : x.count;
+        long r = task * block;
+        for (; r + 4 <= end; r += 4) layer_norm_forward_rows<T, 4>(x, weight, bias, eps, C, r, y, mean, rstd);
+        for (; r < end; r++) layer_norm_forward_rows<T, 1>(x, weight, bias, eps, C, r, y, mean, rstd);
     });
 }
 
-// dx for R rows and their share of dweight and dbias: R rows at a time load and store the two sums once for all of them.
+// dx for R rows, and their share of dweight and dbias.
 template <class T, int R>
 FASTGPT_INLINE void layer_norm_backward_rows(const Rows<const T>& dy, const Rows<const T>& x, const T* weight,
                                              const T* mean, const T* rstd, long C, long r, T* dx, T* dweight, T* dbias) {
-    constexpr int L = VL<T>;
     const T *g[R], *v[R];
-    T *out[R], a[R], b[R];
-    for (int i = 0; i < R; i++) {
-        g[i] = dy[r + i], v[i] = x[r + i], out[i] = dx + (r + i) * C;
-        vec<T> sg[2] = {}, sgx[2] = {};
-        const vec<T> m = broadcast(mean[r + i]);
-        long c = 0;
-        auto add = [&](int s, vec<T> grad, vec<T> value, vec<T> w) {
-            sg[s] += grad * w;
-            sgx[s] += grad * w * (value - m);
-        };
-        for (; c + 2 * L <= C; c += 2 * L) {
-            add(0, load(g[i] + c), load(v[i] + c), load(weight + c));
-            add(1, load(g[i] + c + L), load(v[i] + c + L), load(weight + c + L));
-        }
-        for (; c < C; c += L) {
-            const int n = C - c < L ? int(C - c) : L;
-            add(0, load_first(g[i] + c, n), load_first(v[i] + c, n), load_first(weight + c, n));
-        }
-        a[i] = sum<T>(sg[0] + sg[1]) / T(C);
-        b[i] = sum<T>(sgx[0] + sgx[1]) * rstd[r + i] / T(C);
-    }
-    long c = 0;
-    for (; c + L <= C; c += L) {
-        const vec<T> w = load(weight + c);
-        vec<T> dw = load(dweight + c), db = load(dbias + c);
+    vec<T> m[R], s[R], a[R] = {}, b[R] = {};
+    for (int i = 0; i < R; i++)
+        g[i] = dy[r + i], v[i] = x[r + i], m[i] = broadcast(mean[r + i]), s[i] = broadcast(rstd[r + i]);
+    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
+        const vec<T> w = load_first(weight + c, n);
+#pragma GCC unroll 4
         for (int i = 0; i < R; i++) {
-            const vec<T> grad = load(g[i] + c), xhat = (load(v[i] + c) - broadcast(mean[r + i])) * broadcast(rstd[r + i]);
-            store(out[i] + c, broadcast(rstd[r + i]) * (grad * w - broadcast(a[i]) - xhat * broadcast(b[i])));
-            dw += grad * xhat;
+            const vec<T> gw = load_first(g[i] + c, n) * w;
+            a[i] += gw;
+            b[i] += gw * (load_first(v[i] + c, n) - m[i]);
+        }
+    });
+    for (int i = 0; i < R; i++) { // dx = s gw - a - (x - m) b
+        b[i] = broadcast(sum<T>(b[i]) / T(C)) * s[i] * s[i] * s[i];
+        a[i] = broadcast(sum<T>(a[i]) / T(C)) * s[i];
+    }
+    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
+        const vec<T> w = load_first(weight + c, n);
+        vec<T> dw = load_first(dweight + c, n), db = load_first(dbias + c, n);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) {
+            const vec<T> grad = load_first(g[i] + c, n), centered = load_first(v[i] + c, n) - m[i];
+            store_first(dx + (r + i) * C + c, grad * (w * s[i]) - a[i] - centered * b[i], n);
+            dw += grad * (centered * s[i]);
             db += grad;
         }
-        store(dweight + c, dw);
-        store(dbias + c, db);
-    }
-    for (; c < C; c++)
-        for (int i = 0; i < R; i++) {
-            const T grad = g[i][c], xhat = (v[i][c] - mean[r + i]) * rstd[r + i];
-            out[i][c] = rstd[r + i] * (grad * weight[c] - a[i] - xhat * b[i]);
-            dweight[c] += grad * xhat;
-            dbias[c] += grad;
-        }
+        store_first(dweight + c, dw, n);
+        store_first(dbias + c, db, n);
+    });
 }
 
 template <class T>
 void layer_norm_backward(const Rows<const T>& dy, const Rows<const T>& x, const T* weight, const T* mean, const T* rstd,
                          long C, T* dx, T* dweight, T* dbias) {
     const long rows = x.count, smallest = layer_norm_block(C);
-    const long block = (rows + 63) / 64 < smallest ? smallest : (rows + 63) / 64, blocks = (rows + block - 1) / block;
+    const long block = (rows + 31) / 32 < smallest ? smallest : (rows + 31) / 32, blocks = (rows + block - 1) / block;
     Scratch<T> partial(blocks, 2 * C);
     parallel_tasks(blocks, [&](int64_t task) {
         T *dw = partial.part(task), *db = dw + C;
@@ -119,9 +118,13 @@ void layer_norm_backward(const Rows<const T>& dy, const Rows<const T>& x, const 
         for (; r + 4 <= end; r += 4) layer_norm_backward_rows<T, 4>(dy, x, weight, mean, rstd, C, r, dx, dw, db);
         for (; r < end; r++) layer_norm_backward_rows<T, 1>(dy, x, weight, mean, rstd, C, r, dx, dw, db);
     });
-    for (long c = 0; c < C; c++) dweight[c] = dbias[c] = 0;
-    for (long i = 0; i < blocks; i++) {
-        const T *dw = partial.part(i), *db = dw + C;
-        for (long c = 0; c < C; c++) dweight[c] += dw[c], dbias[c] += db[c];
-    }
+    constexpr long columns = 256;
+    parallel_tasks((C + columns - 1) / columns, [&](int64_t task) {
+        const long begin = task * columns, end = begin + columns < C ? begin + columns : C;
+        for (long c = begin; c < end; c++) dweight[c] = dbias[c] = 0;
+        for (long i = 0; i < blocks; i++) {
+            const T *dw = partial.part(i), *db = dw + C;
+            for (long c = begin; c < end; c++) dweight[c] += dw[c], dbias[c] += db[c];
+        }
+    });
 }

@@ -57,15 +57,6 @@ template <class T> FASTGPT_INLINE bool any(mask<T> m) {
     return all != 0;
 }
 
-// Sum of all lanes, always in the same order: halves onto each other.
-template <class T> FASTGPT_INLINE T sum(vec<T> v) {
-    T lane[VL<T>];
-    __builtin_memcpy(lane, &v, sizeof v);
-    for (int half = VL<T> / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
-}
-
 // 2^x to 7.9e-8 relative (0.66 of a float's half unit), 0 below x = -127. NaN stays NaN.
 //
 // x = z + f with z whole and |f| <= 1/2. Adding 1.5 * 2^23 rounds x to z, leaves z in the low bits of the float, and
@@ -94,21 +85,37 @@ FASTGPT_INLINE vec<double> exp2(vec<double> x) {
     return x;
 }
 
-// A VL x VL block of registers becomes its transpose: in step s, the lanes with bit s swap places with the rows with
-// bit s. log2(VL) steps of VL two-register shuffles.
-template <class T> FASTGPT_INLINE vec<T> interleave(vec<T> a, vec<T> b, int s, bool upper) {
-    mask<T> pick;
-    for (int lane = 0; lane < VL<T>; lane++) {
-        bool own = bool(lane & s) == upper;
-        pick[lane] = upper ? (own ? VL<T> + lane : lane + s) : (own ? lane : VL<T> + lane - s);
-    }
+// lane i of the result is lane pick[i] of a, or lane pick[i] - VL of b. `pick` is known when compiled.
+template <class T> FASTGPT_INLINE vec<T> shuffle(vec<T> a, vec<T> b, mask<T> pick) {
 #ifdef __clang__
     vec<T> out;
-    for (int lane = 0; lane < VL<T>; lane++) out[lane] = pick[lane] < VL<T> ? a[pick[lane]] : b[pick[lane] - VL<T>];
+    for (int i = 0; i < VL<T>; i++) out[i] = pick[i] < VL<T> ? a[pick[i]] : b[pick[i] - VL<T>];
     return out;
 #else
     return __builtin_shuffle(a, b, pick);
 #endif
+}
+
+// Sum of all lanes, always in the same order: halves onto each other.
+template <class T> FASTGPT_INLINE T sum(vec<T> v) {
+#pragma GCC unroll 8
+    for (int half = VL<T> / 2; half > 0; half /= 2) {
+        mask<T> pick;
+        for (int i = 0; i < VL<T>; i++) pick[i] = i ^ half;
+        v += shuffle<T>(v, v, pick);
+    }
+    return v[0];
+}
+
+// A VL x VL block of registers becomes its transpose: in step s, the lanes with bit s swap places with the rows with
+// bit s. log2(VL) steps of VL two-register shuffles.
+template <class T> FASTGPT_INLINE vec<T> interleave(vec<T> a, vec<T> b, int s, bool upper) {
+    mask<T> pick;
+    for (int i = 0; i < VL<T>; i++) {
+        const bool stays = bool(i & s) == upper;
+        pick[i] = upper ? (stays ? VL<T> + i : i + s) : (stays ? i : VL<T> + i - s);
+    }
+    return shuffle<T>(a, b, pick);
 }
 
 template <class T> FASTGPT_INLINE void transpose_block(vec<T> (&v)[VL<T>]) {
