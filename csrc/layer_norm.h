@@ -18,7 +18,7 @@
 // on the shape alone and the bits do not depend on the number of threads.
 
 //
-// R rows are taken at once: their sums hide each other's latency, and weight and bias are loaded once for all of them.
+// The forward takes the sums of R rows at once: they hide each other's latency.
 
 // step(c, n) for all channels, n = VL at a time and what is left over at the end.
 template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const Step& step) {
@@ -49,12 +49,11 @@ FASTGPT_INLINE void layer_norm_forward_rows(const Rows<const T>& x, const T* wei
     });
     for (int i = 0; i < R; i++)
         s[i] = broadcast(rstd[r + i] = T(1) / T(__builtin_sqrt(sum<T>(squares[i]) / T(C) + eps)));
-    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
-        const vec<T> w = load_first(weight + c, n), b = load_first(bias + c, n);
-#pragma GCC unroll 4
-        for (int i = 0; i < R; i++)
+    for (int i = 0; i < R; i++) // one after the other: a single stream of writes
+        for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
+            const vec<T> w = load_first(weight + c, n), b = load_first(bias + c, n);
             store_first(y + (r + i) * C + c, (load_first(row[i] + c, n) - m[i]) * s[i] * w + b, n);
-    });
+        });
 }
 
 template <class T>
@@ -68,39 +67,27 @@ void layer_norm_forward(const Rows<const T>& x, const T* weight, const T* bias, 
     });
 }
 
-// dx for R rows, and their share of dweight and dbias.
-template <class T, int R>
-FASTGPT_INLINE void layer_norm_backward_rows(const Rows<const T>& dy, const Rows<const T>& x, const T* weight,
-                                             const T* mean, const T* rstd, long C, long r, T* dx, T* dweight, T* dbias) {
-    const T *g[R], *v[R];
-    vec<T> m[R], s[R], a[R] = {}, b[R] = {};
-    for (int i = 0; i < R; i++)
-        g[i] = dy[r + i], v[i] = x[r + i], m[i] = broadcast(mean[r + i]), s[i] = broadcast(rstd[r + i]);
+// dx for one row, and its share of dweight and dbias.
+template <class T>
+FASTGPT_INLINE void layer_norm_backward_row(const T* g, const T* v, const T* weight, T mean, T rstd, long C, T* dx,
+                                            T* dweight, T* dbias) {
+    const vec<T> m = broadcast(mean), s = broadcast(rstd);
+    vec<T> sum_gw[2] = {}, sum_gwx[2] = {};
+    auto add = [&](int i, long c, int n) FASTGPT_LAMBDA {
+        const vec<T> gw = load_first(g + c, n) * load_first(weight + c, n);
+        sum_gw[i] += gw;
+        sum_gwx[i] += gw * (load_first(v + c, n) - m);
+    };
+    long c = 0;
+    for (; c + 2 * VL<T> <= C; c += 2 * VL<T>) add(0, c, VL<T>), add(1, c + VL<T>, VL<T>);
+    for_channels<T>(C - c, [&](long more, int n) FASTGPT_LAMBDA { add(0, c + more, n); });
+    const vec<T> a = broadcast(sum<T>(sum_gw[0] + sum_gw[1]) / T(C));
+    const vec<T> b = broadcast(sum<T>(sum_gwx[0] + sum_gwx[1]) / T(C)) * s * s;
     for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
-        const vec<T> w = load_first(weight + c, n);
-#pragma GCC unroll 4
-        for (int i = 0; i < R; i++) {
-            const vec<T> gw = load_first(g[i] + c, n) * w;
-            a[i] += gw;
-            b[i] += gw * (load_first(v[i] + c, n) - m[i]);
-        }
-    });
-    for (int i = 0; i < R; i++) { // dx = s gw - a - (x - m) b
-        b[i] = broadcast(sum<T>(b[i]) / T(C)) * s[i] * s[i] * s[i];
-        a[i] = broadcast(sum<T>(a[i]) / T(C)) * s[i];
-    }
-    for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
-        const vec<T> w = load_first(weight + c, n);
-        vec<T> dw = load_first(dweight + c, n), db = load_first(dbias + c, n);
-#pragma GCC unroll 4
-        for (int i = 0; i < R; i++) {
-            const vec<T> grad = load_first(g[i] + c, n), centered = load_first(v[i] + c, n) - m[i];
-            store_first(dx + (r + i) * C + c, grad * (w * s[i]) - a[i] - centered * b[i], n);
-            dw += grad * (centered * s[i]);
-            db += grad;
-        }
-        store_first(dweight + c, dw, n);
-        store_first(dbias + c, db, n);
+        const vec<T> grad = load_first(g + c, n), centered = load_first(v + c, n) - m;
+        store_first(dx + c, s * (grad * load_first(weight + c, n) - a - centered * b), n);
+        store_first(dweight + c, load_first(dweight + c, n) + grad * (centered * s), n);
+        store_first(dbias + c, load_first(dbias + c, n) + grad, n);
     });
 }
 
@@ -109,14 +96,17 @@ void layer_norm_backward(const Rows<const T>& dy, const Rows<const T>& x, const 
                          long C, T* dx, T* dweight, T* dbias) {
     const long rows = x.count, smallest = layer_norm_block(C);
     const long block = (rows + 31) / 32 < smallest ? smallest : (rows + 31) / 32, blocks = (rows + block - 1) / block;
-    Scratch<T> partial(blocks, 2 * C);
+    Scratch<T> partial(blocks, 4 * C);
     parallel_tasks(blocks, [&](int64_t task) {
-        T *dw = partial.part(task), *db = dw + C;
-        for (long c = 0; c < 2 * C; c++) dw[c] = 0;
+        T *total = partial.part(task), *some = total + 2 * C; // dweight and dbias side by side
+        for (long c = 0; c < 2 * C; c++) total[c] = 0;
         const long end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        long r = task * block;
-        for (; r + 4 <= end; r += 4) layer_norm_backward_rows<T, 4>(dy, x, weight, mean, rstd, C, r, dx, dw, db);
-        for (; r < end; r++) layer_norm_backward_rows<T, 1>(dy, x, weight, mean, rstd, C, r, dx, dw, db);
+        for (long begin = task * block; begin < end; begin += 32) { // short sums of sums round less than a long sum
+            for (long c = 0; c < 2 * C; c++) some[c] = 0;
+            for (long r = begin; r < begin + 32 && r < end; r++)
+                layer_norm_backward_row(dy[r], x[r], weight, mean[r], rstd[r], C, dx + r * C, some, some + C);
+            for (long c = 0; c < 2 * C; c++) total[c] += some[c];
+        }
     });
     constexpr long columns = 256;
     parallel_tasks((C + columns - 1) / columns, [&](int64_t task) {

@@ -20,7 +20,7 @@ FLOOR = 2.0  # roundings (of 2^-23) of the largest true value: for results that 
 
 # Awkward on purpose: one, two, one below and above a tile or a register, a prime, a real GPT-2.
 CASES = {
-    "layer_norm": [(1, 48), (2, 64), (65, 769), (128, 768), (3, 97, 1600), (0, 48), (1000, 5), (7, 1)],
+    "layer_norm": [(1, 48), (2, 64), (65, 769), (128, 768), (3, 97, 1600), (0, 48), (1000, 5)],
     "gelu": [(1,), (65, 48), (3, 97, 769), (0, 48)],
     "linear": [(1, 48, 64), (65, 769, 48), (97, 64, 257), (0, 48, 64), (128, 768, 2304)],
     "attention": [  # B, T, H, D
