@@ -254,6 +254,11 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: idx is {idx.dtype} of shape {tuple(idx.shape)}, expected int64 of shape (B, T)")
         if start + idx.shape[1] > self.config.block_size:
             raise ValueError(f"GPT: idx has {idx.shape[1]} positions, expected at most {self.config.block_size}")
+        if not torch.compiler.is_compiling() and idx.numel():
+            low, high = idx.min().item(), idx.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"GPT: idx has {bad}, expected 0 <= idx < vocab_size={self.config.vocab_size}")
         x = self.drop(self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]])
         for i, block in enumerate(self.h):
             x = block(x, caches[i] if caches else None)
@@ -400,16 +405,19 @@ def load_tensors(path):
     """Read a safetensors file: ({name: tensor}, metadata)."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} does not exist, expected a safetensors file")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
     try:
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        metadata, tensors = header.pop("__metadata__", {}), {}
-        for name, about in header.items():
-            begin, end = about["data_offsets"]
-            raw = torch.from_numpy(data[start + begin : start + end].copy())
-            tensors[name] = raw.view(SAFETENSORS_DTYPES[about["dtype"]]).view(about["shape"])
-    except (ValueError, KeyError, RuntimeError) as error:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > os.path.getsize(path):
+                raise ValueError("no header")
+            header = json.loads(file.read(length))
+            metadata, tensors = header.pop("__metadata__", {}), {}
+            for name, about in header.items():
+                tensors[name] = x = torch.empty(about["shape"], dtype=SAFETENSORS_DTYPES[about["dtype"]])
+                file.seek(8 + length + about["data_offsets"][0])
+                if file.readinto(x.view(-1).view(torch.uint8).numpy()) != x.nbytes:
+                    raise ValueError(f"{name} is cut off")
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error!r})") from error
     return tensors, metadata
 

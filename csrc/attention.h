@@ -55,6 +55,8 @@ template <class T> struct Tile {
         n = n < 0 ? 0 : (n + MR - 1) / MR * MR;
         return n < rows ? int(n) : rows;
     }
+    // Do the queries of the register at column c see no key outside this tile?
+    FASTGPT_INLINE bool has_all_keys_of(int c) const { return k0 == 0 && q0 + c + VL<T> <= NK; }
     FASTGPT_INLINE bool on_diagonal() const { return k0 + rows > q0 + 1; }
     // S = -inf where the key comes after the query.
     FASTGPT_NOINLINE void mask(T* S) const {
@@ -73,12 +75,6 @@ template <class T> FASTGPT_NOINLINE void pack(const T* from, long stride, int ro
             for (; d < D; d++) to[d] = from[i * stride + d];
         for (; d < line; d++) to[d] = 0;
     }
-}
-
-template <class T> FASTGPT_INLINE T dot(const T* a, const T* b, long n) {
-    vec<T> s{};
-    for (long i = 0; i < n; i += VL<T>) s += load_first(a + i, int(n - i)) * load_first(b + i, int(n - i));
-    return sum<T>(s);
 }
 
 template <class T> FASTGPT_INLINE T base2_scale(long D) { return T(1.4426950408889634 / __builtin_sqrt(double(D))); }
@@ -161,7 +157,15 @@ FASTGPT_NOINLINE void softmax_backward_tile(const Tile<T>& tile, T* S, T* dP, co
     for (Panels p(tile.lanes / VL<T>); p.next();) {
         const int rows = tile.visible((p.begin + p.vectors) * VL<T>);
         for (int c = p.begin * VL<T>; c < (p.begin + p.vectors) * VL<T>; c += VL<T>) {
-            const vec<T> l = load(lse + c), mean = load(delta + c);
+            const vec<T> l = load(lse + c);
+            vec<T> mean = load(delta + c);
+            if (tile.has_all_keys_of(c)) { // few keys, some P near 1: sum P dP itself, whose rounding cancels with dP's
+                mean = vec<T>{};
+                for (long at = c; at < rows * NQ; at += NQ) {
+                    const vec<T> PdP = exp2(load(S + at) - l) * load(dP + at);
+                    mean += DROPOUT ? PdP * load(keep + at) : PdP;
+                }
+            }
             for (int j = 0; j < rows; j++) {
                 const long at = j * NQ + c;
                 const vec<T> P = exp2(load(S + at) - l);
@@ -224,9 +228,15 @@ void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout
             transpose<T>(n, int(D), g, dout.time, GT, NQ, T(1), true);
             pack(q, qkv.time, n, n, D, Q, Dp);
             pack(g, dout.time, n, n, D, G, Dp);
-            for (int i = 0; i < NQ; i++) { // lanes behind the last query: P = 2^-inf = 0
-                delta[i] = i < n ? dot(g + i * dout.time, o + i * out.time, D) : T(0);
+            for (int i = 0; i < NQ; i++) // lanes behind the last query: P = 2^-inf = 0
                 lses[i] = i < n ? lse[head * shape.T + q0 + i] : T(__builtin_inf());
+            T* OT = dQT; // for a moment; delta adds in the order in which the product adds dP, so that they cancel well
+            transpose<T>(n, int(D), o, out.time, OT, NQ, T(1), true);
+            for (int c = 0; c < NQ; c += VL<T>) {
+                vec<T> d{};
+                if (c < n)
+                    for (long k = 0; k < D; k++) d += load(GT + k * NQ + c) * load(OT + k * NQ + c);
+                store(delta + c, d);
             }
             for (long i = 0; i < long(Dp) * NQ; i++) dQT[i] = 0;
 

@@ -12,7 +12,7 @@
 // nothing of x's size is stored.
 //
 // Memory is read once: a row is fetched, stays in the first-level cache, and is passed over again there. The second pass
-// for the variance is what makes a large mean harmless; E[x^2] - E[x]^2 would cancel.
+// for the variance, and sums of differences from the row's first value, are what makes a large mean harmless.
 //
 // The columns of dweight and dbias are summed within fixed blocks of rows and then block by block, so the order depends
 // on the shape alone and the bits do not depend on the number of threads.
@@ -36,14 +36,18 @@ FASTGPT_INLINE void layer_norm_forward_rows(const Rows<const T>& x, const T* wei
     for (int i = 0; i < R; i++) row[i] = x[r + i];
     for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
 #pragma GCC unroll 4
-        for (int i = 0; i < R; i++) total[i] += load_first(row[i] + c, n);
+        for (int i = 0; i < R; i++) {
+            vec<T> d = load_first(row[i] + c, n) - broadcast(row[i][0]);
+            for (int lane = n; lane < L; lane++) d[lane] = 0; // behind the row
+            total[i] += d;
+        }
     });
-    for (int i = 0; i < R; i++) m[i] = broadcast(mean[r + i] = sum<T>(total[i]) / T(C));
+    for (int i = 0; i < R; i++) m[i] = broadcast(mean[r + i] = row[i][0] + sum<T>(total[i]) / T(C));
     for_channels<T>(C, [&](long c, int n) FASTGPT_LAMBDA {
 #pragma GCC unroll 4
         for (int i = 0; i < R; i++) {
             vec<T> d = load_first(row[i] + c, n) - m[i];
-            for (int lane = n; lane < L; lane++) d[lane] = 0; // behind the row: not -mean
+            for (int lane = n; lane < L; lane++) d[lane] = 0;
             squares[i] += d * d;
         }
     });

@@ -52,6 +52,22 @@ def _check(op, **tensors):
             raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected torch.float32 or torch.float64")
 
 
+def _expect(op, name, x, dtype, shape):
+    if x.dtype is not dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
+def _check_matrix(op, name, matrix, rows, x):
+    """A (rows, K) matrix for the last dimension of x."""
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: the input has shape {tuple(x.shape)}, expected at least one channel")
+    if matrix.dim() != 2 or matrix.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: {name} has shape {tuple(matrix.shape)}, expected ({rows}, {x.shape[-1]})")
+    _expect(op, name, matrix, x.dtype, matrix.shape)
+
+
 def _rows_adjacent(grad):
     """A gradient as the kernels read it. Autograd may hand over an expanded scalar; only then is it copied."""
     return grad if grad.shape[-1] == 1 or grad.stride(-1) == 1 else grad.contiguous()
@@ -178,7 +194,11 @@ def gelu(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N). So far this is torch's F.linear."""
-    _check("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    named = dict(x=x, weight=weight) if bias is None else dict(x=x, weight=weight, bias=bias)
+    _check("linear", **named)
+    _check_matrix("linear", "weight", weight, "N", x)
+    if bias is not None:
+        _expect("linear", "bias", bias, x.dtype, weight.shape[:1])
     return F.linear(x, weight, bias)
 
 
@@ -188,4 +208,14 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     (B, T, C), (V, C), int64 (B, T) -> (). So far this is torch's F.linear and F.cross_entropy.
     """
     _check("lm_loss", hidden=hidden, weight=weight)
-    return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2), targets.flatten(), ignore_index=-1)
+    _check_matrix("lm_loss", "weight", weight, "V", hidden)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"lm_loss: targets is {type(targets).__name__}, expected a tensor")
+    _expect("lm_loss", "targets", targets, torch.int64, hidden.shape[:-1])
+    V = weight.shape[0]
+    if not torch.compiler.is_compiling():
+        bad = targets[(targets < -1) | (targets >= V)]
+        if bad.numel():
+            raise ValueError(f"lm_loss: targets has {bad[0].item()}, expected -1 or 0 <= target < V={V}")
+    logits = F.linear(hidden, weight).reshape(-1, V)
+    return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1)

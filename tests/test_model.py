@@ -1,0 +1,201 @@
+"""Whole models: both paths give the same logits, loss, gradients and training; and the model is GPT-2."""
+
+import copy
+
+import pytest
+import torch
+from test_parity import assert_parity
+
+import fastgpt
+import gpt
+from fastgpt import check
+
+
+def batch(config, B=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (B, config.block_size + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def twins(config, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    reference, kernel = gpt.GPT(config).to(dtype), gpt.GPT(config, ops=fastgpt).to(dtype)
+    kernel.load_state_dict(reference.state_dict())
+    return reference, kernel
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_logits_loss_and_every_gradient(small, seed):
+    assert_parity(check.compare_models(small, seed))
+
+
+def test_float64_models_agree_to_the_last_digits(small):
+    results = []
+    for model in twins(small, torch.float64):
+        idx, targets = batch(small)
+        loss = model.loss(idx, targets)
+        loss.backward()
+        results.append([model(idx).detach(), loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_losses_of_20_optimizer_steps(small, seed):
+    """The kernels' losses stay as near to float64's as the formulas' do: twice their largest distance, and a floor."""
+    torch.manual_seed(seed)
+    state = gpt.GPT(small).state_dict()
+    losses = {}
+    for name, ops, dtype in (("truth", None, torch.float64), ("formula", None, torch.float32), ("kernel", fastgpt, torch.float32)):
+        model = gpt.GPT(small, ops)
+        model.load_state_dict(state)
+        model.to(dtype)
+        optimizer = gpt.make_optimizer(model, 1e-3, 0.99, 0.1)
+        losses[name] = torch.zeros(20, dtype=torch.float64)
+        for step in range(20):
+            loss = model.loss(*batch(small, seed=seed))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name][step] = loss.item()
+    truth = losses["truth"]
+    assert truth[-1] < truth[0]
+    error = {name: (x - truth).abs().max().item() for name, x in losses.items()}
+    assert error["kernel"] <= 2 * error["formula"] + check.FLOOR * torch.finfo(torch.float32).eps * truth.max().item()
+
+
+def test_training_with_dropout_agrees(small):
+    config = gpt.GPTConfig(**{**vars(small), "dropout": 0.2})
+    losses = []
+    for model in twins(config, torch.float64):
+        torch.manual_seed(5)
+        loss = model.loss(*batch(config))
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.eval()
+        assert torch.equal(model(batch(config)[0]), model(batch(config)[0]))
+    for a, b in zip(*losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_bits_of_a_model_do_not_depend_on_threads_or_runs(small, threads):
+    _, model = twins(small)
+    results = []
+    for n in (1, 2, 2):
+        threads(n)
+        model.zero_grad()
+        loss = model.loss(*batch(small))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compiled_model_gives_the_same_loss(small, backend):
+    _, model = twins(small)
+    idx, targets = batch(small)
+    expected = model.loss(idx, targets)
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    loss = torch.compile(model.loss, backend=backend, fullgraph=True)(idx, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_parameter_counts_are_gpt2s():
+    counts = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    with torch.device("meta"):
+        for name, expected in counts.items():
+            assert sum(p.numel() for p in gpt.GPT(gpt.SIZES[name]).parameters()) == expected
+
+
+def test_initial_weights_are_gpt2s():
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=500, block_size=64))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / 4 if "c_proj" in name else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+
+
+def test_model_can_be_copied(small, ops):
+    model = gpt.GPT(small, ops)
+    idx, _ = batch(small)
+    assert torch.equal(copy.deepcopy(model)(idx), model(idx))
+
+
+# ------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture
+def trained(small, ops):
+    """A model whose next tokens differ: large weights instead of training."""
+    torch.manual_seed(3)
+    model = gpt.GPT(small, ops)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(8)
+    return model
+
+
+def recomputed(model, idx, n):
+    for _ in range(n):
+        logits = model(idx[:, -model.config.block_size :])[:, -1]
+        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), 1)
+    return idx
+
+
+def test_cached_generation_equals_recomputation_id_by_id(trained):
+    start = torch.tensor([[5, 17, 60], [1, 2, 3]])
+    out = trained.generate(start, 60, temperature=0)  # past block_size = 40: the window slides
+    assert torch.equal(out, recomputed(trained, start, 60))
+    assert len(set(out[0].tolist())) > 5
+
+
+def test_generation_from_a_prompt_longer_than_the_window(trained):
+    start = torch.arange(55)[None]
+    assert torch.equal(trained.generate(start, 5, temperature=0), recomputed(trained, start, 5))
+
+
+def test_seed_decides_the_sample(trained):
+    start = torch.tensor([[7]])
+    a, b, c = (trained.generate(start, 30, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_top_k_and_top_p_draw_only_from_the_likeliest():
+    logits = torch.log(torch.tensor([[0.4, 0.05, 0.3, 0.2, 0.05]])).expand(4000, 5)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        options = dict(temperature=1.0, top_k=None, top_p=None) | options
+        tokens = gpt.sample(logits, **options, generator=generator)
+        return torch.bincount(tokens.flatten(), minlength=5) / len(tokens)
+
+    assert (drawn() > 0).tolist() == [True] * 5
+    assert (drawn(top_k=1) > 0).tolist() == [True, False, False, False, False]
+    assert (drawn(top_k=3) > 0).tolist() == [True, False, True, True, False]
+    assert (drawn(top_p=0.5) > 0).tolist() == [True, False, True, False, False]  # 0.4 is less than 0.5, so 0.3 too
+    assert (drawn(top_p=0.3) > 0).tolist() == [True, False, False, False, False]
+    assert (drawn(top_k=2, top_p=0.9) > 0).tolist() == [True, False, True, False, False]
+    assert abs(drawn(top_k=2)[0] - 4 / 7) < 0.03
+    assert drawn(temperature=0.3)[0] > 0.6
+    assert (drawn(temperature=0) > 0).tolist() == [True, False, False, False, False]
+
+
+def test_generate_leaves_the_mode_as_it_was(trained):
+    for mode in (True, False):
+        trained.train(mode)
+        trained.generate(torch.tensor([[7]]), 2)
+        assert trained.training is mode

@@ -1,0 +1,210 @@
+"""Outputs and gradients of every kernel against float64, by the rule of fastgpt/check.py."""
+
+import itertools
+
+import pytest
+import torch
+
+import fastgpt
+import gpt
+from fastgpt import check, ops
+
+T_SIZES = (1, 2, 63, 65, 97, 128, 257, 1000)
+C_SIZES = (48, 64, 768, 769, 1600)
+D_SIZES = (8, 16, 48, 64, 80, 128)
+
+
+def assert_parity(rows):
+    bad = [f"{r.tensor} of {r.op} {r.shape}: error {r.kernel:.2e}, expected <= {r.bound:.2e}" for r in rows if not r.ok]
+    assert rows and not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("op, shape", [(op, shape) for op in check.CASES for shape in check.CASES[op]], ids=str)
+def test_kernel_is_as_exact_as_the_formula(op, shape, isa):
+    assert_parity(check.compare(op, shape))
+
+
+@pytest.mark.parametrize("C", C_SIZES)
+@pytest.mark.parametrize("T", T_SIZES)
+@pytest.mark.parametrize("B", (0, 1, 3))
+def test_layer_norm_at_awkward_shapes(B, T, C):
+    assert_parity(check.compare("layer_norm", (B, T, C), seed=T))
+
+
+@pytest.mark.parametrize("D", D_SIZES)
+@pytest.mark.parametrize("T", T_SIZES)
+def test_attention_at_awkward_shapes(T, D):
+    B = 3 if T < 128 else 1
+    assert_parity(check.compare("attention", (B, T, 2, D), seed=T))
+
+
+@pytest.mark.parametrize("C", (48, 769))
+@pytest.mark.parametrize("V", (65, 257))
+@pytest.mark.parametrize("T", (1, 63, 128))
+def test_lm_loss_at_awkward_shapes(T, C, V):
+    assert_parity(check.compare("lm_loss", (3, T, C, V), seed=T))
+
+
+@pytest.mark.parametrize("T, D", [(1, 8), (65, 48), (257, 64)])
+def test_attention_with_dropout_drops_the_same_weights(T, D, isa):
+    assert_parity(check.compare("attention", (2, T, 2, D, 0.3)))
+
+
+def test_dropout_mask_is_philox4x32_10():
+    # the first known answer of Random123's test vectors: key 0, counter 0
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    for share in (0.2, 0.4, 0.5, 0.61, 0.75, 0.88, 0.9):
+        expected = [word >= round(share * 2**32) for word in words]
+        assert gpt.dropout_mask(1, 1, 4, share, seed=0)[0, 0, 0].tolist() == expected
+
+
+def test_dropout_drops_its_share_and_differs_by_seed():
+    masks = [gpt.dropout_mask(2, 3, 64, 0.3, seed) for seed in (1, 2, 1 + 2**32)]
+    for mask in masks:
+        assert abs(mask.float().mean().item() - 0.7) < 0.02
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("op", gpt.FORMULAS)
+def test_gradcheck_in_float64(op, isa):
+    shape = dict(layer_norm=(3, 11), gelu=(3, 5), linear=(3, 4, 5), attention=(2, 5, 2, 3), lm_loss=(2, 3, 4, 5))[op]
+    inputs, options = check.make_inputs(op, shape)
+    args = [x.double().requires_grad_() for x in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *a: getattr(fastgpt, op)(*a, **options), args)
+
+
+def test_gradcheck_of_attention_with_dropout():
+    qkv = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: fastgpt.attention(x, 2, 0.4, 7), (qkv,))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        (ops._layer_norm, ((2, 3, 8), (8,), (8,), 1e-5)),
+        (ops._attention, ((2, 5, 24), 2, 0.0, 0)),
+        (ops._attention, ((2, 5, 24), 2, 0.25, 9)),
+    ],
+    ids=str,
+)
+def test_opcheck(op, args, dtype):
+    args = [torch.randn(a, dtype=dtype, requires_grad=True) if isinstance(a, tuple) else a for a in args]
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("op", ("layer_norm", "attention"))
+def test_second_derivative_is_refused(op):
+    inputs, options = check.make_inputs(op, dict(layer_norm=(3, 8), attention=(1, 3, 1, 4))[op])
+    x = next(iter(inputs.values()))
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(getattr(fastgpt, op)(**inputs, **options).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"fastgpt.{op} has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(("x", "weight", "bias"), n)], ids=str)
+@pytest.mark.parametrize("op, shape", [("layer_norm", (5, 48)), ("linear", (5, 48, 7))])
+def test_gradients_of_some_inputs_only(op, shape, wanted):
+    assert_parity(check.compare(op, shape, wanted=wanted))
+
+
+def test_layer_norm_reads_strided_views_in_place():
+    buffer = torch.randn(5, 7, 3, 64, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.ones(48), torch.zeros(48)
+    for x in (buffer[:, :, 1, 8:56], buffer.transpose(0, 2)[..., :48], buffer[::2, 1:, :, 3:51], buffer[:, :1, 0, :48]):
+        assert not x.is_contiguous()
+        inputs = dict(x=x, weight=weight, bias=bias)
+        assert_parity(check.compare("layer_norm", tuple(x.shape), inputs=inputs, options={}))
+        out = fastgpt.layer_norm(**inputs)
+        assert out.is_contiguous() and torch.equal(out, fastgpt.layer_norm(x.contiguous(), weight, bias))
+
+
+def test_attention_reads_strided_views_in_place():
+    buffer = torch.randn(4, 33, 200, generator=torch.Generator().manual_seed(0))
+    for qkv in (buffer[::2, :, 5:149], buffer[:, 1::2, :144], buffer.transpose(0, 1)[:, :, 8:152]):
+        args = dict(inputs=dict(qkv=qkv), options=dict(n_head=3))
+        assert_parity(check.compare("attention", tuple(qkv.shape), **args))
+        assert torch.equal(fastgpt.attention(qkv, 3), fastgpt.attention(qkv.contiguous(), 3))
+
+
+def test_gradient_of_a_plain_sum_arrives_expanded():
+    for op, shape in (("layer_norm", (6, 48)), ("attention", (2, 7, 2, 8))):
+        inputs, options = check.make_inputs(op, shape)
+        grads = []
+        for function in (getattr(gpt, op), getattr(fastgpt, op)):
+            args = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+            function(**args, **options).sum().backward()
+            grads.append([x.grad for x in args.values()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_does_not_overflow_with_large_scores(isa):
+    generator = torch.Generator().manual_seed(0)
+    for scale in (30.0, 1e4, 1e8):
+        qkv = torch.randn(1, 130, 3 * 64, generator=generator)
+        qkv[..., :128] *= scale  # scores up to scale^2: softmax picks one key
+        args = dict(inputs=dict(qkv=qkv), options=dict(n_head=2))
+        rows = check.compare("attention", (scale,), **args)
+        assert all(torch.isfinite(torch.tensor(r.kernel)) for r in rows)
+        assert_parity(rows[:1])  # the gradients of q and k are differences of numbers of the size of scale
+
+
+def test_attention_of_equal_scores_is_the_mean_so_far(isa):
+    T, C = 150, 16
+    v = torch.randn(1, T, C, generator=torch.Generator().manual_seed(0))
+    qkv = torch.cat((torch.zeros(1, T, 2 * C), v), -1)
+    mean = v.double().cumsum(1) / torch.arange(1, T + 1)[:, None]
+    assert (fastgpt.attention(qkv, 2) - mean).abs().max() < 1e-6
+
+
+def test_attention_never_sees_the_future(isa):
+    qkv = torch.randn(2, 200, 96, generator=torch.Generator().manual_seed(0))
+    out = fastgpt.attention(qkv, 2)
+    for t in (0, 63, 64, 95, 96, 150):
+        changed = qkv.clone()
+        changed[:, t + 1 :] *= 1e6
+        assert torch.equal(fastgpt.attention(changed, 2)[:, : t + 1], out[:, : t + 1])
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_not_a_number_spreads_as_in_the_formula(bad, isa):
+    for op, shape in (("attention", (1, 70, 1, 8)), ("layer_norm", (3, 21))):
+        inputs, options = check.make_inputs(op, shape)
+        next(iter(inputs.values())).view(-1)[30] = bad
+        expected, out = (f(**inputs, **options) for f in (getattr(gpt, op), getattr(fastgpt, op)))
+        assert expected.isnan().any() and torch.equal(expected.isnan(), out.isnan())
+
+
+def test_layer_norm_of_a_large_mean_keeps_its_digits(isa):
+    x = torch.randn(9, 769, generator=torch.Generator().manual_seed(0)) + 1e4
+    inputs = dict(x=x, weight=torch.ones(769), bias=torch.zeros(769))
+    assert_parity(check.compare("layer_norm", (9, 769), inputs=inputs, options={}))
+
+
+def test_layer_norm_of_one_channel_is_its_bias(isa):
+    x, weight, bias = torch.randn(7, 1), torch.randn(1), torch.randn(1)
+    assert torch.equal(fastgpt.layer_norm(x, weight, bias), bias.expand(7, 1))
+
+
+def test_lm_loss_skips_the_targets_that_are_minus_one():
+    inputs, options = check.make_inputs("lm_loss", (2, 9, 16, 11))
+    keep = options["targets"] != -1
+    assert 0 < keep.sum() < keep.numel()
+    some = {"hidden": inputs["hidden"][keep][None], "weight": inputs["weight"]}
+    torch.testing.assert_close(
+        fastgpt.lm_loss(**inputs, **options), gpt.lm_loss(**some, targets=options["targets"][keep][None])
+    )
+
+
+@pytest.mark.parametrize("op, shape", [("layer_norm", (999, 768)), ("attention", (2, 300, 3, 64)), ("attention", (1, 1100, 1, 64))])
+def test_bits_do_not_depend_on_threads_or_runs(op, shape, threads, isa):
+    inputs, options = check.make_inputs(op, shape)
+    results = []
+    for n in (1, 2, 2, 3, 5):
+        threads(n)
+        results.append(check.evaluate(getattr(fastgpt, op), inputs, options, torch.float32))
+    for other in results[1:]:
+        for name, x in results[0].items():
+            assert torch.equal(x, other[name]), name
