@@ -155,10 +155,15 @@ py::ssize_t channels(const Argument& x) {
     return C;
 }
 
-Shape leading(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim() - 1); }
+// mean and rstd of each row, one behind the other: (2, ...)
+Shape stats_shape(const py::array& x) {
+    Shape shape(x.shape(), x.shape() + x.ndim() - 1);
+    shape.insert(shape.begin(), 2);
+    return shape;
+}
 
 void layer_norm_forward(const py::array& x, const py::array& weight, const py::array& bias, double eps,
-                        const py::array& out, const py::array& mean, const py::array& rstd) {
+                        const py::array& out, const py::array& stats) {
     const char* op = "layer_norm";
     const Argument input{op, "x", x};
     with_dtype(input, [&](auto zero) {
@@ -170,14 +175,13 @@ void layer_norm_forward(const py::array& x, const py::array& weight, const py::a
         if (!(eps >= 0) || std::isinf(eps))
             throw py::value_error("layer_norm: eps is " + std::to_string(eps) + ", expected a number >= 0");
         T* y = Argument{op, "out", out}.output<T>(shape_of(x));
-        T* m = Argument{op, "mean", mean}.output<T>(leading(x));
-        T* r = Argument{op, "rstd", rstd}.output<T>(leading(x));
-        compute([&] { chosen<T>().layer_norm_forward(rows, w, b, T(eps), C, y, m, r); });
+        T* mean = Argument{op, "stats", stats}.output<T>(stats_shape(x));
+        compute([&] { chosen<T>().layer_norm_forward(rows, w, b, T(eps), C, y, mean, mean + rows.count); });
     });
 }
 
-void layer_norm_backward(const py::array& dout, const py::array& x, const py::array& weight, const py::array& mean,
-                         const py::array& rstd, const py::array& dx, const py::array& dweight, const py::array& dbias) {
+void layer_norm_backward(const py::array& dout, const py::array& x, const py::array& weight, const py::array& stats,
+                         const py::array& dx, const py::array& dweight, const py::array& dbias) {
     const char* op = "layer_norm_backward";
     const Argument input{op, "x", x}, gradient{op, "dout", dout};
     with_dtype(input, [&](auto zero) {
@@ -188,12 +192,12 @@ void layer_norm_backward(const py::array& dout, const py::array& x, const py::ar
         gradient.expect_shape(shape_of(x));
         const auto gradient_rows = gradient.rows<T>();
         const T* w = Argument{op, "weight", weight}.input<T>({C});
-        const T* m = Argument{op, "mean", mean}.input<T>(leading(x));
-        const T* r = Argument{op, "rstd", rstd}.input<T>(leading(x));
+        const T* mean = Argument{op, "stats", stats}.input<T>(stats_shape(x));
+        const T* rstd = mean + rows.count;
         T* to_x = Argument{op, "dx", dx}.output<T>(shape_of(x));
         T* to_weight = Argument{op, "dweight", dweight}.output<T>({C});
         T* to_bias = Argument{op, "dbias", dbias}.output<T>({C});
-        compute([&] { chosen<T>().layer_norm_backward(gradient_rows, rows, w, m, r, C, to_x, to_weight, to_bias); });
+        compute([&] { chosen<T>().layer_norm_backward(gradient_rows, rows, w, mean, rstd, C, to_x, to_weight, to_bias); });
     });
 }
 
@@ -285,8 +289,8 @@ PYBIND11_MODULE(_kernels, m) {
 
     const auto arg = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("layer_norm_forward", layer_norm_forward, arg("x"), arg("weight"), arg("bias"), py::arg("eps"), arg("out"),
-          arg("mean"), arg("rstd"));
-    m.def("layer_norm_backward", layer_norm_backward, arg("dout"), arg("x"), arg("weight"), arg("mean"), arg("rstd"),
+          arg("stats"));
+    m.def("layer_norm_backward", layer_norm_backward, arg("dout"), arg("x"), arg("weight"), arg("stats"),
           arg("dx"), arg("dweight"), arg("dbias"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
           arg("out"), arg("lse"));

@@ -14,31 +14,51 @@ from torch import Tensor
 
 from . import _kernels
 
-# torch.library.custom_op registers the same things, but its wrappers cost 13 us more a call with gradients.
 _library = torch.library.Library("fastgpt", "DEF")
 
 
-def _register(fake):
-    """Make the decorated function the torch.ops.fastgpt op of its name, for the CPU; `fake` gives shapes and dtypes."""
+class _Kernel:
+    """One kernel, forward and backward, in the two forms in which torch meets it.
 
-    def register(function):
-        name = function.__name__.lstrip("_")
+    op      torch.ops.fastgpt.<name> with a fake and an autograd formula: for torch.compile, export, opcheck
+    eager   the same functions as a torch.autograd.Function: a call costs 30 us less than through the dispatcher, which
+            for layer_norm of 1024 x 768 is a tenth of the time
+    """
+
+    def __init__(self, forward, backward, forward_fake, backward_fake, setup_context, gradients):
+        name = forward.__name__.lstrip("_").removesuffix("_forward")
+        self.op = self._define(name, forward, forward_fake)
+        self.backward_op = self._define(f"{name}_backward", backward, backward_fake)
+        self.backward = backward
+        torch.library.register_autograd(f"fastgpt::{name}", gradients, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(f"fastgpt::{name}_backward", self._refuse, lib=_library)
+        parts = dict(forward=forward, setup_context=setup_context, backward=gradients)
+        function = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+        self.name, self.eager = name, function.apply
+
+    @staticmethod
+    def _define(name, function, fake):
         schema = name + torch.library.infer_schema(function, mutates_args=())
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, function, "CPU")
         torch.library.register_fake(f"fastgpt::{name}", fake, lib=_library)
         return getattr(torch.ops.fastgpt, name).default
 
-    return register
+    def _refuse(self, ctx, *grads):
+        raise NotImplementedError(f"fastgpt.{self.name} has no second derivative; gpt.py's formula has one")
+
+    def differentiate(self, dout, *args):
+        """The backward. With create_graph, through the op, which refuses a second differentiation."""
+        return (self.backward_op if torch.is_grad_enabled() or _traced(dout) else self.backward)(dout, *args)
 
 
-def _differentiate(name, setup_context, gradients):
-    torch.library.register_autograd(f"fastgpt::{name}", gradients, setup_context=setup_context, lib=_library)
+def _traced(x):
+    """Is x something other than a tensor with values of its own?"""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta
 
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"fastgpt.{name} has no second derivative; gpt.py's formula has one")
 
-    torch.library.register_autograd(f"fastgpt::{name}_backward", refuse, lib=_library)
+def _array(x):
+    return x.detach().numpy()
 
 
 def _check(op, **tensors):
@@ -84,48 +104,48 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices.
     """
     _check("layer_norm", x=x, weight=weight, bias=bias)
-    return _layer_norm(x, weight, bias, eps)[0]
+    return (_layer_norm.op if _traced(x) else _layer_norm.eager)(x, weight, bias, eps)[0]
 
 
 def _layer_norm_fake(x, weight, bias, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1])
+    return x.new_empty(x.shape), x.new_empty((2, *x.shape[:-1]))
 
 
-@_register(_layer_norm_fake)
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    out, mean, rstd = _layer_norm_fake(x, weight, bias, eps)
-    _kernels.layer_norm_forward(
-        x.numpy(), weight.numpy(), bias.numpy(), eps, out.numpy(), mean.numpy(), rstd.numpy()
-    )
-    return out, mean, rstd
+def _layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, stats = _layer_norm_fake(x, weight, bias, eps)
+    _kernels.layer_norm_forward(_array(x), _array(weight), _array(bias), eps, out.numpy(), stats.numpy())
+    return out, stats
 
 
-def _layer_norm_backward_fake(dout, x, weight, mean, rstd):
+def _layer_norm_backward_fake(dout, x, weight, stats):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-@_register(_layer_norm_backward_fake)
-def _layer_norm_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _layer_norm_backward_fake(dout, x, weight, mean, rstd)
-    arrays = (t.numpy() for t in (_rows_adjacent(dout), x, weight, mean, rstd, *grads))
-    _kernels.layer_norm_backward(*arrays)
+def _layer_norm_backward(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _layer_norm_backward_fake(dout, x, weight, stats)
+    _kernels.layer_norm_backward(*(_array(t) for t in (_rows_adjacent(dout), x, weight, stats, *grads)))
     return grads
 
 
 def _layer_norm_setup(ctx, inputs, output):
     x, weight, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    _, stats = output
+    ctx.save_for_backward(x, weight, stats)
+    ctx.mark_non_differentiable(stats)
 
 
-def _layer_norm_gradients(ctx, dout, *_):
-    return *_layer_norm_backward(dout, *ctx.saved_tensors), None
+def _layer_norm_gradients(ctx, dout, _):
+    return *_layer_norm.differentiate(dout, *ctx.saved_tensors), None
 
 
-_differentiate("layer_norm", _layer_norm_setup, _layer_norm_gradients)
+_layer_norm = _Kernel(
+    _layer_norm_forward,
+    _layer_norm_backward,
+    _layer_norm_fake,
+    _layer_norm_backward_fake,
+    _layer_norm_setup,
+    _layer_norm_gradients,
+)
 
 # -------------------------------------------------------------------------------------------------- attention
 
@@ -140,7 +160,7 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> 
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or if 3 * n_head doesn't divide 3C.
     """
     _check("attention", qkv=qkv)
-    return _attention(qkv, n_head, dropout, seed)[0]
+    return (_attention.op if _traced(qkv) else _attention.eager)(qkv, n_head, dropout, seed)[0]
 
 
 def _attention_fake(qkv, n_head, dropout, seed):
@@ -148,12 +168,12 @@ def _attention_fake(qkv, n_head, dropout, seed):
     return qkv.new_empty(B, T, channels // 3), qkv.new_empty(B, n_head, T)
 
 
-@_register(_attention_fake)
-def _attention(qkv: Tensor, n_head: int, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-    if qkv.dim() != 3 or n_head < 1:  # nothing to allocate: only the error
-        _kernels.attention_forward(qkv.numpy(), n_head, dropout, seed, qkv.numpy(), qkv.numpy())
+def _attention_forward(qkv: Tensor, n_head: int, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+    packed = _array(qkv)
+    if qkv.dim() != 3 or n_head < 1:  # no shape to allocate: only the error
+        _kernels.attention_forward(packed, n_head, dropout, seed, packed, packed)
     out, lse = _attention_fake(qkv, n_head, dropout, seed)
-    _kernels.attention_forward(qkv.numpy(), n_head, dropout, seed, out.numpy(), lse.numpy())
+    _kernels.attention_forward(packed, n_head, dropout, seed, out.numpy(), lse.numpy())
     return out, lse
 
 
@@ -161,12 +181,11 @@ def _attention_backward_fake(dout, qkv, out, lse, n_head, dropout, seed):
     return qkv.new_empty(qkv.shape)
 
 
-@_register(_attention_backward_fake)
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout: float, seed: int
 ) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    arrays = (t.numpy() for t in (_rows_adjacent(dout), qkv, out, lse))
+    arrays = (_array(x) for x in (_rows_adjacent(dout), qkv, out, lse))
     _kernels.attention_backward(*arrays, n_head, dropout, seed, dqkv.numpy())
     return dqkv
 
@@ -178,10 +197,17 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _attention_gradients(ctx, dout, _):
-    return _attention_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None
+    return _attention.differentiate(dout, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-_differentiate("attention", _attention_setup, _attention_gradients)
+_attention = _Kernel(
+    _attention_forward,
+    _attention_backward,
+    _attention_fake,
+    _attention_backward_fake,
+    _attention_setup,
+    _attention_gradients,
+)
 
 # -------------------------------------------------------------------------------------- what torch does so far
 

@@ -61,22 +61,22 @@ def test_refused_with_a_reason(call, error, message):
 
 def test_from_numpy_alone_the_checks_hold_too():
     good = [np.ones((4, 8), "f"), np.ones(8, "f"), np.ones(8, "f")]
-    out, mean, rstd = np.empty((4, 8), "f"), np.empty(4, "f"), np.empty(4, "f")
-    _kernels.layer_norm_forward(*good, 1e-5, out, mean, rstd)
+    out, stats = np.empty((4, 8), "f"), np.empty((2, 4), "f")
+    _kernels.layer_norm_forward(*good, 1e-5, out, stats)
     assert np.array_equal(out, np.ones((4, 8)))
     for bad, message in (
-        ((good[0].astype(">f4"), *good[1:], 1e-5, out, mean, rstd), "x has dtype >f4"),
-        ((*good, 1e-5, out[:3], mean, rstd), r"out has shape \(3, 8\), expected \(4, 8\)"),
-        ((*good, 1e-5, out, mean.astype("d"), rstd), "mean has dtype float64, expected float32"),
-        ((*good, 1e-5, np.empty((8, 4), "f").T, mean, rstd), "out is not contiguous"),
+        ((good[0].astype(">f4"), *good[1:], 1e-5, out, stats), "x has dtype >f4"),
+        ((*good, 1e-5, out[:3], stats), r"out has shape \(3, 8\), expected \(4, 8\)"),
+        ((*good, 1e-5, out, stats.astype("d")), "stats has dtype float64, expected float32"),
+        ((*good, 1e-5, np.empty((8, 4), "f").T, stats), "out is not contiguous"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             _kernels.layer_norm_forward(*bad)
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out is read-only"):
-        _kernels.layer_norm_forward(*good, 1e-5, out, mean, rstd)
+        _kernels.layer_norm_forward(*good, 1e-5, out, stats)
     with pytest.raises(TypeError):  # a list would have to be converted
-        _kernels.layer_norm_forward([[1.0]], *good[1:], 1e-5, out, mean, rstd)
+        _kernels.layer_norm_forward([[1.0]], *good[1:], 1e-5, out, stats)
 
 
 def test_zero_rows_and_one_position_work():

@@ -82,9 +82,9 @@ def test_gradcheck_of_attention_with_dropout():
 @pytest.mark.parametrize(
     "op, args",
     [
-        (ops._layer_norm, ((2, 3, 8), (8,), (8,), 1e-5)),
-        (ops._attention, ((2, 5, 24), 2, 0.0, 0)),
-        (ops._attention, ((2, 5, 24), 2, 0.25, 9)),
+        (ops._layer_norm.op, ((2, 3, 8), (8,), (8,), 1e-5)),
+        (ops._attention.op, ((2, 5, 24), 2, 0.0, 0)),
+        (ops._attention.op, ((2, 5, 24), 2, 0.25, 9)),
     ],
     ids=str,
 )
