@@ -38,8 +38,8 @@ struct AttentionShape {
     uint64_t seed;
 };
 
-// Rows that one task of layer_norm takes: some 64 KiB, so that small inputs stay on one core.
-FASTGPT_INLINE long layer_norm_block(long C) { return 16384 / C < 1 ? 1 : 16384 / C; }
+// Rows that one task of layer_norm takes: some 256 KiB, so that small inputs stay on one core.
+FASTGPT_INLINE long layer_norm_block(long C) { return 65536 / C < 1 ? 1 : 65536 / C; }
 
 template <class T> struct KernelsFor {
     void (*layer_norm_forward)(const Rows<const T>& x, const T* weight, const T* bias, T eps, long C, T* y, T* mean,

@@ -66,7 +66,7 @@ void layer_norm_forward(const Rows<const T>& x, const T* weight, const T* bias, 
     parallel_tasks((x.count + block - 1) / block, [&](int64_t task) {
         const long end = (task + 1) * block < x.count ? (task + 1) * block : x.count;
         long r = task * block;
-        for (; r + 4 <= end; r += 4) layer_norm_forward_rows<T, 4>(x, weight, bias, eps, C, r, y, mean, rstd);
+        for (; r + 2 <= end; r += 2) layer_norm_forward_rows<T, 2>(x, weight, bias, eps, C, r, y, mean, rstd);
         for (; r < end; r++) layer_norm_forward_rows<T, 1>(x, weight, bias, eps, C, r, y, mean, rstd);
     });
 }

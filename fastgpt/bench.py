@@ -38,26 +38,29 @@ TORCH = SimpleNamespace(
     ),
 )
 
+TURN = 0.01  # seconds
+
 CONTESTANTS = {"formula": gpt, "torch": TORCH, "kernel": ops}
 
 
 def interleaved(functions, seconds, least=5):
-    """Call the functions in turn for about `seconds`. -> {name: times in seconds}, the first round left out
+    """Let the functions take turns for about `seconds`. -> {name: times of single calls in seconds}
 
-    A short function is called twice in each turn and only the second call counts: the first one brings back what the
-    others drove out of the caches, the interpreter's own code included.
+    A turn is a burst of calls of TURN seconds, or one call that takes longer. Only the second half of a burst counts: by
+    then the caches hold what this function uses, and not what the others left there. The first turn counts for nobody.
     """
     times = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds <= least or time.perf_counter() < end:
         for name, function in functions.items():
-            if rounds and times[name][-1:] < [0.02]:
+            burst, started = [], time.perf_counter()
+            while not burst or time.perf_counter() - started < TURN:
+                start = time.perf_counter()
                 function()
-            start = time.perf_counter()
-            function()
+                burst.append(time.perf_counter() - start)
             if rounds:
-                times[name].append(time.perf_counter() - start)
+                times[name] += burst[len(burst) // 2 :]
         rounds += 1
     return times
 

@@ -94,7 +94,8 @@ def test_bits_of_a_model_do_not_depend_on_threads_or_runs(small, threads):
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiled_model_gives_the_same_loss(small, backend):
+def test_compiled_model_gives_the_same_loss(small, backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     _, model = twins(small)
     idx, targets = batch(small)
     expected = model.loss(idx, targets)
