@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _kernels
 
+_DTYPES = (torch.float32, torch.float64)
 _library = torch.library.Library("fastgpt", "DEF")
 
 
@@ -34,7 +35,18 @@ class _Kernel:
         torch.library.register_autograd(f"fastgpt::{name}_backward", self._refuse, lib=_library)
         parts = dict(forward=forward, setup_context=setup_context, backward=gradients)
         function = type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
-        self.name, self.eager = name, function.apply
+        self.name, self.forward, self.eager = name, forward, function.apply
+
+    def __call__(self, tensors, *others):
+        """All outputs. `tensors` is a dictionary of the arguments that are tensors, by name; `others` come after them."""
+        x, *more = tensors.values()
+        try:
+            if _traced(x):
+                return self.op(x, *more, *others)
+            return (self.eager if torch.is_grad_enabled() else self.forward)(x, *more, *others)
+        except (AttributeError, RuntimeError, TypeError):  # what NumPy can't take says so in its own words: find better
+            _check(self.name, **tensors)
+            raise
 
     @staticmethod
     def _define(name, function, fake):
@@ -68,7 +80,7 @@ def _check(op, **tensors):
             raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
         if x.device.type not in ("cpu", "meta") or x.layout is not torch.strided:
             raise ValueError(f"{op}: {name} is a {x.layout} tensor on {x.device}, expected a dense one on the CPU")
-        if x.dtype is not torch.float32 and x.dtype is not torch.float64:
+        if x.dtype not in _DTYPES:
             raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected torch.float32 or torch.float64")
 
 
@@ -103,8 +115,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     One read of x; saves each row's mean and reciprocal deviation. The backward fuses dx, dweight and dbias.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices.
     """
-    _check("layer_norm", x=x, weight=weight, bias=bias)
-    return (_layer_norm.op if _traced(x) else _layer_norm.eager)(x, weight, bias, eps)[0]
+    return _layer_norm(dict(x=x, weight=weight, bias=bias), eps)[0]
 
 
 def _layer_norm_fake(x, weight, bias, eps):
@@ -159,8 +170,7 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> 
     Saves `out` and one number a query and head, the log-sum-exp in base 2.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or if 3 * n_head doesn't divide 3C.
     """
-    _check("attention", qkv=qkv)
-    return (_attention.op if _traced(qkv) else _attention.eager)(qkv, n_head, dropout, seed)[0]
+    return _attention(dict(qkv=qkv), n_head, dropout, seed)[0]
 
 
 def _attention_fake(qkv, n_head, dropout, seed):
@@ -214,14 +224,19 @@ _attention = _Kernel(
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form (Hendrycks and Gimpel 2016), of any shape. So far this is torch's F.gelu."""
-    _check("gelu", x=x)
+    if not (isinstance(x, Tensor) and x.dtype in _DTYPES):
+        _check("gelu", x=x)
     return F.gelu(x, approximate="tanh")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N). So far this is torch's F.linear."""
-    named = dict(x=x, weight=weight) if bias is None else dict(x=x, weight=weight, bias=bias)
-    _check("linear", **named)
+    try:
+        if x.dtype in _DTYPES and (bias is None or bias.shape == weight.shape[:1]):
+            return F.linear(x, weight, bias)
+    except (AttributeError, RuntimeError, TypeError):  # the same, in our words
+        pass
+    _check("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     _check_matrix("linear", "weight", weight, "N", x)
     if bias is not None:
         _expect("linear", "bias", bias, x.dtype, weight.shape[:1])
