@@ -26,7 +26,6 @@ import time
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
-import numpy as np
 import tiktoken
 import torch
 from torch import nn
@@ -313,7 +312,9 @@ class GPT(nn.Module):
                 raise ValueError(f"from_pretrained: {key} is {hf[key]!r} in {path}, expected {expected[0]!r}")
         if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
             raise ValueError(f"from_pretrained: n_inner is {hf['n_inner']} in {path}, expected 4 * n_embd")
-        names = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions", vocab_size="vocab_size")
+        names = dict(
+            n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions", vocab_size="vocab_size"
+        )
         model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in names.items()}, dropout=dropout), ops)
         tensors, _ = load_tensors(os.path.join(path, "model.safetensors"))
         tensors = {key.removeprefix("transformer."): tensor.float() for key, tensor in tensors.items()}
@@ -336,7 +337,9 @@ class GPT(nn.Module):
         drops = dict(embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout)
         eot = dict(bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
         fixed = {key: expected[0] for key, expected in HF_FIXED.items()}
-        config = dict(architectures=["GPT2LMHeadModel"], **fixed, **sizes, vocab_size=c.vocab_size, **drops, **eot, **extra)
+        config = dict(
+            architectures=["GPT2LMHeadModel"], **fixed, **sizes, vocab_size=c.vocab_size, **drops, **eot, **extra
+        )
         write_file(os.path.join(path, "config.json"), [json.dumps(config, indent=2).encode()])
         tensors = {f"transformer.{k}": x.T if k.endswith(HF_TRANSPOSED) else x for k, x in self.state_dict().items()}
         save_tensors(os.path.join(path, "model.safetensors"), tensors)
@@ -370,7 +373,9 @@ def sample(logits, temperature, top_k, top_p, generator):
 def download(name):
     """Fetch config.json and model.safetensors from the Hugging Face Hub, once. -> the folder they are in"""
     if name not in SIZES and "/" not in name:
-        raise ValueError(f"from_pretrained: {name!r} is no folder and no model, expected a folder or {', '.join(SIZES)}")
+        raise ValueError(
+            f"from_pretrained: {name!r} is no folder and no model, expected a folder or {', '.join(SIZES)}"
+        )
     try:
         from huggingface_hub import snapshot_download
 
@@ -439,7 +444,9 @@ def get_tokenizer(name):
     """A tiktoken.Encoding: "gpt2" is GPT-2's byte-pair encoding, "bytes" gives each byte its own id."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"\s+|\S+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"\s+|\S+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+        )
     if name != "gpt2":
         raise ValueError(f"get_tokenizer: name is {name!r}, expected 'gpt2' or 'bytes'")
     try:
@@ -607,7 +614,9 @@ def run_train(args, ops):
     if args.resume:
         config = GPTConfig(**json.loads(load_tensors(checkpoint)[1]["config"]))
     elif os.path.exists(checkpoint) and not args.overwrite:
-        raise ValueError(f"--out is {args.out!r}, which holds a checkpoint: add --resume or --overwrite, or take another")
+        raise ValueError(
+            f"--out is {args.out!r}, which holds a checkpoint: add --resume or --overwrite, or take another"
+        )
     tokenizer = get_tokenizer(args.tokenizer)
     torch.manual_seed(args.seed)
     if args.init and not args.resume:
@@ -620,7 +629,9 @@ def run_train(args, ops):
     tokens, val = load_tokens(args.data, tokenizer, model.config.block_size)
     optimizer = make_optimizer(model, args.lr, args.beta2, args.weight_decay)
     step = load_checkpoint(checkpoint, model, optimizer) if args.resume else 0
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens, {len(val):,} to validate")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens, {len(val):,} to validate"
+    )
     train(model, optimizer, tokens, val, step, args)
     print(f"val loss {evaluate(model, val, args.batch_size):.4f} on all {len(val):,} tokens; saved in {args.out}\n")
     start = torch.tensor([tokenizer.encode("\n")])
@@ -628,7 +639,7 @@ def run_train(args, ops):
 
 
 def load_model(args, ops):
-    """The model in args.model and its tokenizer: the one that it was trained with, unless the command line names one."""
+    """The model in args.model and its tokenizer: the one it was trained with, unless the command line names one."""
     model = GPT.from_pretrained(args.model, ops).eval()
     name = args.tokenizer
     if name is None and os.path.isdir(args.model):
@@ -665,7 +676,9 @@ def run_eval(args, ops):
     loss = evaluate(model, tokens, args.batch_size)
     n_bytes = len(tokenizer.decode_bytes(tokens[1:].tolist()))
     bits = loss * (len(tokens) - 1) / math.log(2) / n_bytes
-    print(f"{len(tokens) - 1:,} tokens: loss {loss:.4f} nats, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte")
+    print(
+        f"{len(tokens) - 1:,} tokens: loss {loss:.4f} nats, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte"
+    )
 
 
 def positive(text):
@@ -721,7 +734,9 @@ def make_parser(prog=None):
     g.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens with a chance of P together")
     g.add_argument("--seed", type=int, help="for the same sample again")
 
-    e = commands.add_parser("eval", help="loss, perplexity and bits per byte of a text's last tenth", formatter_class=help)
+    e = commands.add_parser(
+        "eval", help="loss, perplexity and bits per byte of a text's last tenth", formatter_class=help
+    )
     e.set_defaults(run=run_eval)
     e.add_argument("--data", help="text file in UTF-8; without one, Python's own help texts")
     e.add_argument("--batch-size", type=positive, default=8, metavar="N", help="windows at a time")

@@ -1,4 +1,5 @@
-// All kernels for one instruction set, and the table of them. dispatch.cpp includes this file in one namespace for each.
+// All kernels for one instruction set, and the table of them. dispatch.cpp includes this file in one namespace for
+// each.
 
 #include "simd.h"
 
@@ -12,6 +13,5 @@
 
 #include "machine.h"
 
-template <class T>
-constexpr KernelsFor<T> kernels_for = {layer_norm_forward<T>, layer_norm_backward<T>, attention_forward<T>,
-                                       attention_backward<T>};
+template <class T> constexpr KernelsFor<T> kernels_for = {layer_norm_forward<T>, layer_norm_backward<T>,
+                                                          attention_forward<T>, attention_backward<T>};

@@ -12,8 +12,8 @@
 // Dropout multiplies P by z_ij = 0 or 1 / (1 - dropout) where it meets v: o and dv take z P, dP becomes z dP, and
 // delta_i = do_i . o_i still holds.
 //
-// Saved for the backward: out, which the next layer holds anyway, and lse, one number a query and head (in base 2, since
-// exp2 is what the kernel computes: log2(e) / sqrt(D) is folded into Q). P is made anew from both.
+// Saved for the backward: out, which the next layer holds anyway, and lse, one number a query and head (in base 2,
+// since exp2 is what the kernel computes: log2(e) / sqrt(D) is folded into Q). P is made anew from both.
 //
 //            NQ queries, side by side in the lanes           keys    queries ->
 //          +-----------------------------------+               |   [#\ . . . ]     # whole tiles
@@ -22,8 +22,8 @@
 //          |                                   |                   [# # # #\ ]       last query does
 //          +-----------------------------------+                                   . never touched
 //
-// Queries lie across SIMD lanes (as in gemma.cpp), so the running maximum and sum of a softmax go down the columns, with
-// no step across lanes. Q and dO are transposed once per block of queries, O and dQ once on the way out; the other
+// Queries lie across SIMD lanes (as in gemma.cpp), so the running maximum and sum of a softmax go down the columns,
+// with no step across lanes. Q and dO are transposed once per block of queries, O and dQ once on the way out; the other
 // products take their operands as they lie. Each tile of K and V is first copied out of qkv: there, rows are 3C values
 // apart, and that stride falls into few sets of the first-level cache.
 //
@@ -132,8 +132,7 @@ void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, 
                 panel_product<T, false>(rows, p.vectors, D, K, Dp, 1, QT + c, NQ, S + c, NQ);
             }
             if (tile.on_diagonal()) tile.mask(S);
-            if (DROPOUT)
-                dropout_tile<T, NQ>(shape.dropout, shape.seed, b * shape.H + h, q0, k0, tile.rows, keep);
+            if (DROPOUT) dropout_tile<T, NQ>(shape.dropout, shape.seed, b * shape.H + h, q0, k0, tile.rows, keep);
             softmax_tile<T, DROPOUT>(tile, Dp, S, keep, OT, top, total);
             for (Panels p(tile.lanes / VL<T>); p.next();) { // O^T += V^T P^T
                 const int c = p.begin * VL<T>, rows = tile.visible(c + p.vectors * VL<T>);
@@ -152,8 +151,8 @@ void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, 
 }
 
 // P and dS of one tile, from S and dP: P^T meets do with dropout applied, dS meets q and k.
-template <class T, bool DROPOUT>
-FASTGPT_NOINLINE void softmax_backward_tile(const Tile<T>& tile, T* S, T* dP, const T* keep, const T* lse, const T* delta) {
+template <class T, bool DROPOUT> FASTGPT_NOINLINE void
+softmax_backward_tile(const Tile<T>& tile, T* S, T* dP, const T* keep, const T* lse, const T* delta) {
     for (Panels p(tile.lanes / VL<T>); p.next();) {
         const int rows = tile.visible((p.begin + p.vectors) * VL<T>);
         for (int c = p.begin * VL<T>; c < (p.begin + p.vectors) * VL<T>; c += VL<T>) {
@@ -199,9 +198,9 @@ inline long key_ranges(const AttentionShape& s) {
     return wanted < most ? wanted : most < 1 ? 1 : most;
 }
 
-template <class T, bool DROPOUT>
-void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
-                             Sequence<const T> out, const T* lse, T* dqkv) {
+template <class T, bool DROPOUT> void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout,
+                                                              Sequence<const T> qkv, Sequence<const T> out,
+                                                              const T* lse, T* dqkv) {
     const long D = shape.D, C = shape.H * D, heads = shape.B * shape.H, ranges = key_ranges(shape);
     const long range = ((shape.T + ranges - 1) / ranges + NK - 1) / NK * NK; // keys, whole tiles
     const int Dp = padded<T>(D), workers = num_threads();
@@ -259,7 +258,8 @@ void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout
                     panel_product<T, true>(Dp, p.vectors, rows, K, 1, Dp, dP + c, NQ, dQT + c, NQ);
                 }
             }
-            T* dq = r == 0 ? dqkv + (b * shape.T + q0) * 3 * C + h * D : partial.part(head * (ranges - 1) + r - 1) + q0 * D;
+            T* dq =
+                r == 0 ? dqkv + (b * shape.T + q0) * 3 * C + h * D : partial.part(head * (ranges - 1) + r - 1) + q0 * D;
             transpose<T>(int(D), n, dQT, NQ, dq, r == 0 ? 3 * C : D, scale, false);
         }
         for (long k = k_begin; k < k_end; k++) {
@@ -271,16 +271,17 @@ void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout
         }
     });
 
-    if (ranges > 1) parallel_tasks(heads * ((shape.T + NQ - 1) / NQ), workers, [&](int64_t task, int) {
-        const long head = task % heads, b = head / shape.H, h = head % shape.H, q0 = task / heads * NQ;
-        for (long q = q0; q < q0 + NQ && q < shape.T; q++) {
-            T* dq = dqkv + (b * shape.T + q) * 3 * C + h * D;
-            for (long r = 1; r < ranges && r * range < shape.T && r * range / NQ * NQ <= q0; r++) { // began by q0
-                const T* part = partial.part(head * (ranges - 1) + r - 1) + q * D;
-                for (long d = 0; d < D; d++) dq[d] += part[d];
+    if (ranges > 1)
+        parallel_tasks(heads * ((shape.T + NQ - 1) / NQ), workers, [&](int64_t task, int) {
+            const long head = task % heads, b = head / shape.H, h = head % shape.H, q0 = task / heads * NQ;
+            for (long q = q0; q < q0 + NQ && q < shape.T; q++) {
+                T* dq = dqkv + (b * shape.T + q) * 3 * C + h * D;
+                for (long r = 1; r < ranges && r * range < shape.T && r * range / NQ * NQ <= q0; r++) { // began by q0
+                    const T* part = partial.part(head * (ranges - 1) + r - 1) + q * D;
+                    for (long d = 0; d < D; d++) dq[d] += part[d];
+                }
             }
-        }
-    });
+        });
 }
 
 template <class T> void attention_forward(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse) {
@@ -288,9 +289,8 @@ template <class T> void attention_forward(const AttentionShape& shape, Sequence<
                              : attention_forward_with<T, false>(shape, qkv, out, lse);
 }
 
-template <class T>
-void attention_backward(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
-                        Sequence<const T> out, const T* lse, T* dqkv) {
+template <class T> void attention_backward(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
+                                           Sequence<const T> out, const T* lse, T* dqkv) {
     return shape.dropout > 0 ? attention_backward_with<T, true>(shape, dout, qkv, out, lse, dqkv)
                              : attention_backward_with<T, false>(shape, dout, qkv, out, lse, dqkv);
 }

@@ -53,7 +53,8 @@ struct Argument {
     }
 
     bool is(int type_number) const {
-        return array.dtype().num() == type_number && array.dtype().byteorder() != '>' && array.dtype().byteorder() != '!';
+        return array.dtype().num() == type_number && array.dtype().byteorder() != '>' &&
+               array.dtype().byteorder() != '!';
     }
 
     string dtype() const { return py::str(array.dtype()); }
@@ -197,7 +198,8 @@ void layer_norm_backward(const py::array& dout, const py::array& x, const py::ar
         T* to_x = Argument{op, "dx", dx}.output<T>(shape_of(x));
         T* to_weight = Argument{op, "dweight", dweight}.output<T>({C});
         T* to_bias = Argument{op, "dbias", dbias}.output<T>({C});
-        compute([&] { chosen<T>().layer_norm_backward(gradient_rows, rows, w, mean, rstd, C, to_x, to_weight, to_bias); });
+        compute(
+            [&] { chosen<T>().layer_norm_backward(gradient_rows, rows, w, mean, rstd, C, to_x, to_weight, to_bias); });
     });
 }
 
@@ -213,7 +215,8 @@ AttentionShape attention_shape(const Argument& qkv, long n_head, double dropout,
         throw py::value_error(string(qkv.op) + ": qkv has " + std::to_string(channels) +
                               " channels, not a multiple of 3*n_head=" + std::to_string(3 * n_head));
     if (!(dropout >= 0 && dropout < 1))
-        throw py::value_error(string(qkv.op) + ": dropout is " + std::to_string(dropout) + ", expected 0 <= dropout < 1");
+        throw py::value_error(string(qkv.op) + ": dropout is " + std::to_string(dropout) +
+                              ", expected 0 <= dropout < 1");
     return {long(qkv.array.shape(0)), long(qkv.array.shape(1)), n_head, channels / (3 * n_head), dropout, seed};
 }
 
@@ -290,8 +293,8 @@ PYBIND11_MODULE(_kernels, m) {
     const auto arg = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("layer_norm_forward", layer_norm_forward, arg("x"), arg("weight"), arg("bias"), py::arg("eps"), arg("out"),
           arg("stats"));
-    m.def("layer_norm_backward", layer_norm_backward, arg("dout"), arg("x"), arg("weight"), arg("stats"),
-          arg("dx"), arg("dweight"), arg("dbias"));
+    m.def("layer_norm_backward", layer_norm_backward, arg("dout"), arg("x"), arg("weight"), arg("stats"), arg("dx"),
+          arg("dweight"), arg("dbias"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
           arg("out"), arg("lse"));
     m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("lse"), py::arg("n_head"),

@@ -45,7 +45,8 @@ namespace avx2 {
 } // namespace avx2
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))),                   \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -66,8 +67,8 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-#define FASTGPT_TABLE(isa, runs_here)                                                                                 \
-    {#isa, [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work,           \
+#define FASTGPT_TABLE(isa, runs_here)                                                                                  \
+    {#isa,          [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work,                          \
      isa::read_work}
 
 static const Kernels tables[] = {

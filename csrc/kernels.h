@@ -1,4 +1,5 @@
-// What the bindings know of the kernels: a table of function pointers, which dispatch.cpp fills once per instruction set.
+// What the bindings know of the kernels: a table of function pointers, which dispatch.cpp fills once per instruction
+// set.
 #pragma once
 #include <cstdint>
 
@@ -56,7 +57,7 @@ struct Kernels {
     bool (*runs_here)();
     KernelsFor<float> f32;
     KernelsFor<double> f64;
-    double (*fma_work)(long n);                                 // does n fused multiply-adds a lane; -> their number in all
+    double (*fma_work)(long n); // does n fused multiply-adds a lane; -> their number in all
     double (*read_work)(const float* data, long n, double* out); // sums n floats into *out; -> bytes read
 };
 

@@ -11,8 +11,8 @@
 // Saved for the backward: mean and rstd, two numbers a row. xhat is made anew from x, which autograd holds anyway, so
 // nothing of x's size is stored.
 //
-// Memory is read once: a row is fetched, stays in the first-level cache, and is passed over again there. The second pass
-// for the variance, and sums of differences from the row's first value, are what makes a large mean harmless.
+// Memory is read once: a row is fetched, stays in the first-level cache, and is passed over again there. The second
+// pass for the variance, and sums of differences from the row's first value, are what makes a large mean harmless.
 //
 // The columns of dweight and dbias are summed within fixed blocks of rows and then block by block, so the order depends
 // on the shape alone and the bits do not depend on the number of threads.
@@ -27,9 +27,9 @@ template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const St
     if (c < C) step(c, int(C - c));
 }
 
-template <class T, int R>
-FASTGPT_INLINE void layer_norm_forward_rows(const Rows<const T>& x, const T* weight, const T* bias, T eps, long C,
-                                            long r, T* y, T* mean, T* rstd) {
+template <class T, int R> FASTGPT_INLINE void layer_norm_forward_rows(const Rows<const T>& x, const T* weight,
+                                                                      const T* bias, T eps, long C, long r, T* y,
+                                                                      T* mean, T* rstd) {
     constexpr int L = VL<T>;
     const T* row[R];
     vec<T> m[R], s[R], total[R] = {}, squares[R] = {};
@@ -72,9 +72,8 @@ void layer_norm_forward(const Rows<const T>& x, const T* weight, const T* bias, 
 }
 
 // dx for one row, and its share of dweight and dbias.
-template <class T>
-FASTGPT_INLINE void layer_norm_backward_row(const T* g, const T* v, const T* weight, T mean, T rstd, long C, T* dx,
-                                            T* dweight, T* dbias) {
+template <class T> FASTGPT_INLINE void layer_norm_backward_row(const T* g, const T* v, const T* weight, T mean, T rstd,
+                                                               long C, T* dx, T* dweight, T* dbias) {
     const vec<T> m = broadcast(mean), s = broadcast(rstd);
     vec<T> sum_gw[2] = {}, sum_gwx[2] = {};
     auto add = [&](int i, long c, int n) FASTGPT_LAMBDA {
@@ -95,9 +94,8 @@ FASTGPT_INLINE void layer_norm_backward_row(const T* g, const T* v, const T* wei
     });
 }
 
-template <class T>
-void layer_norm_backward(const Rows<const T>& dy, const Rows<const T>& x, const T* weight, const T* mean, const T* rstd,
-                         long C, T* dx, T* dweight, T* dbias) {
+template <class T> void layer_norm_backward(const Rows<const T>& dy, const Rows<const T>& x, const T* weight,
+                                            const T* mean, const T* rstd, long C, T* dx, T* dweight, T* dbias) {
     const long rows = x.count, smallest = layer_norm_block(C);
     const long block = (rows + 31) / 32 < smallest ? smallest : (rows + 31) / 32, blocks = (rows + block - 1) / block;
     Scratch<T> partial(blocks, 4 * C);

@@ -1,6 +1,7 @@
 // What this machine can do at best, for `fastgpt bench` to compare with: multiply-adds in registers, reads in a row.
 
-// n rounds of one fused multiply-add in each accumulator of a microkernel, on every thread. -> floating-point operations
+// n rounds of one fused multiply-add in each accumulator of a microkernel, on every thread. -> floating-point
+// operations
 inline double fma_work(long n) {
     const int threads = num_threads();
     parallel_tasks(threads, [&](int64_t) {

@@ -9,10 +9,10 @@
 //     ...  |        |        |        |        and multiplied with all of B[k]
 //          +--------+--------+--------+
 //
-// MR x NV accumulators stay in registers for the whole loop over k: 4 x 3 with AVX2's 16 registers, 8 x 3 with the 32 of
-// AVX-512. That is enough independent additions to keep two FMA units busy, and each loaded value is used MR or NV times
-// (the names are those of BLIS, Van Zee and van de Geijn 2015). A may lie in memory with any two strides, so a transposed
-// A costs nothing.
+// MR x NV accumulators stay in registers for the whole loop over k: 4 x 3 with AVX2's 16 registers, 8 x 3 with the 32
+// of AVX-512. That is enough independent additions to keep two FMA units busy, and each loaded value is used MR or NV
+// times (the names are those of BLIS, Van Zee and van de Geijn 2015). A may lie in memory with any two strides, so a
+// transposed A costs nothing.
 
 constexpr int MR = FASTGPT_MR, NV = FASTGPT_NV;
 
@@ -39,9 +39,9 @@ FASTGPT_INLINE void microkernel(long K, const T* A, long a_row, long a_col, cons
 }
 
 // The same for M rows (a multiple of MR) and `vectors` <= NV registers.
-template <class T, bool ACCUMULATE>
-FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, const T* A, long a_row, long a_col, const T* B,
-                                    long b_row, T* C, long c_row) {
+template <class T, bool ACCUMULATE> FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, const T* A,
+                                                                        long a_row, long a_col, const T* B, long b_row,
+                                                                        T* C, long c_row) {
     static_assert(NV == 2 || NV == 3, "one case for each possible number of registers");
     for (int m = 0; m < M; m += MR) {
         const T* a = A + m * a_row;
@@ -67,9 +67,8 @@ struct Panels {
 };
 
 // The same for any number of registers.
-template <class T, bool ACCUMULATE>
-FASTGPT_INLINE void product(int M, int vectors, long K, const T* A, long a_row, long a_col, const T* B, long b_row, T* C,
-                            long c_row) {
+template <class T, bool ACCUMULATE> FASTGPT_INLINE void product(int M, int vectors, long K, const T* A, long a_row,
+                                                                long a_col, const T* B, long b_row, T* C, long c_row) {
     for (Panels p(vectors); p.next();)
         panel_product<T, ACCUMULATE>(M, p.vectors, K, A, a_row, a_col, B + p.begin * VL<T>, b_row, C + p.begin * VL<T>,
                                      c_row);

@@ -22,10 +22,11 @@ inline int num_threads() {
     return n < 1 ? 1 : int(n);
 }
 
-// body(task, worker) for each task in [0, tasks), by at most `workers` threads at once; worker < workers tells which, for
-// scratch memory. Each thread begins with a part of its own, the same in every call of this size, so that it finds in its
-// cache what it wrote there; done with that, it takes over tasks of the others, so unequal tasks even out. Which thread
-// runs a task must not matter for its result: then the bits are the same for any number of threads. `body` must not throw.
+// body(task, worker) for each task in [0, tasks), by at most `workers` threads at once; worker < workers tells which,
+// for scratch memory. Each thread begins with a part of its own, the same in every call of this size, so that it finds
+// in its cache what it wrote there; done with that, it takes over tasks of the others, so unequal tasks even out. Which
+// thread runs a task must not matter for its result: then the bits are the same for any number of threads. `body` must
+// not throw.
 template <class Body> void parallel_tasks(int64_t tasks, int workers, const Body& body) {
     constexpr int most = 64;
     struct Part {
@@ -39,7 +40,8 @@ template <class Body> void parallel_tasks(int64_t tasks, int workers, const Body
         void run(int worker) {
             for (int i = 0; i < parts; i++) {
                 Part& p = part[(worker + i) % parts];
-                for (int64_t task; (task = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED)) < p.end;) body(task, worker);
+                for (int64_t task; (task = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED)) < p.end;)
+                    body(task, worker);
             }
         }
     } context{body, workers < tasks ? workers : int(tasks), {}};
@@ -47,8 +49,9 @@ template <class Body> void parallel_tasks(int64_t tasks, int workers, const Body
     for (int64_t i = 0; i < context.parts; i++)
         context.part[i] = {tasks * i / context.parts, tasks * (i + 1) / context.parts};
     if (context.parts > 1 && pool.parallel_for)
-        pool.parallel_for(0, context.parts, 1, [](int64_t begin, int64_t, void* c) { static_cast<Context*>(c)->run(int(begin)); },
-                          &context);
+        pool.parallel_for(
+            0, context.parts, 1, [](int64_t begin, int64_t, void* c) { static_cast<Context*>(c)->run(int(begin)); },
+            &context);
     context.run(0); // without a pool, all of it; with one, nothing is left
 }
 
@@ -59,7 +62,8 @@ template <class Body> void parallel_tasks(int64_t tasks, const Body& body) {
 // Memory for a kernel's intermediate values, aligned to a cache line, one part per worker.
 template <class T> class Scratch {
   public:
-    Scratch(int64_t parts, int64_t values) : values_((values * int64_t(sizeof(T)) + 63) / 64 * 64 / int64_t(sizeof(T))) {
+    Scratch(int64_t parts, int64_t values)
+        : values_((values * int64_t(sizeof(T)) + 63) / 64 * 64 / int64_t(sizeof(T))) {
         if (posix_memalign(reinterpret_cast<void**>(&memory_), 64, size_t(parts * values_) * sizeof(T) + 64))
             throw std::bad_alloc();
     }

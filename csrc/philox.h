@@ -1,8 +1,8 @@
 // Which attention weights dropout keeps: gpt.py's dropout_mask, made tile by tile where it is needed.
 //
-// Philox4x32-10 (Salmon et al. 2011): ten rounds of two 32 x 32 -> 64 bit products turn a counter into four random words.
-// The counter is (query, key / 4, head, 0), so the mask of any tile can be made in any order, by any thread, in the
-// forward and again in the backward, and is never stored.
+// Philox4x32-10 (Salmon et al. 2011): ten rounds of two 32 x 32 -> 64 bit products turn a counter into four random
+// words. The counter is (query, key / 4, head, 0), so the mask of any tile can be made in any order, by any thread, in
+// the forward and again in the backward, and is never stored.
 
 // keep[j][i] = 1 / (1 - dropout) or 0, for keys k0 + j, j < keys, and queries q0 + i, i < NQ; lines are NQ long.
 // k0 is a multiple of 4; rows up to the next multiple of 4 are written.

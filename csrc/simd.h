@@ -61,7 +61,8 @@ template <class T> FASTGPT_INLINE bool any(mask<T> m) {
 //
 // x = z + f with z whole and |f| <= 1/2. Adding 1.5 * 2^23 rounds x to z, leaves z in the low bits of the float, and
 // 2^z is then an addition to the exponent bits of 2^f. 2^f = 1 + f g(f), g minimax for the relative error
-// (2.0e-9 before rounding). With the constant exactly 1 the lower clamp gives exactly 0, so that masked keys weigh nothing.
+// (2.0e-9 before rounding). With the constant exactly 1 the lower clamp gives exactly 0, so that masked keys weigh
+// nothing.
 FASTGPT_INLINE vec<float> exp2(vec<float> x) {
     const vec<float> lowest = broadcast(-127.0f), magic = broadcast(12582912.0f);
     x = x < lowest ? lowest : x;
@@ -132,9 +133,8 @@ template <class T> FASTGPT_INLINE void transpose_block(vec<T> (&v)[VL<T>]) {
 
 // to[c][r] = from[r][c] * scale for all r < rows, c < cols; lines are from_line and to_line values apart.
 // With `pad`, r runs on to the next multiple of VL and is zero there.
-template <class T>
-FASTGPT_NOINLINE void transpose(int rows, int cols, const T* from, long from_line, T* to, long to_line, T scale,
-                                bool pad) {
+template <class T> FASTGPT_NOINLINE void transpose(int rows, int cols, const T* from, long from_line, T* to,
+                                                   long to_line, T scale, bool pad) {
     for (int r = 0; r < rows; r += VL<T>)
         for (int c = 0; c < cols; c += VL<T>) {
             vec<T> v[VL<T>];

@@ -28,7 +28,9 @@ fastgpt COMMAND --help tells more."""
 
 def info():
     """What a report of a problem or of a speed should say."""
-    print(f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, tiktoken ", end="")
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, tiktoken ", end=""
+    )
     print(f"{tiktoken.__version__} on {platform.system()} {platform.machine()}")
     print(f"instruction sets: {', '.join(_kernels.isas())}; in use: {_kernels.isa()} (FASTGPT_ISA forces another)")
     print(f"threads: {_kernels.num_threads()}, in torch's own pool (torch.set_num_threads sets their number)")

@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -46,8 +47,8 @@ CONTESTANTS = {"formula": gpt, "torch": TORCH, "kernel": ops}
 def interleaved(functions, seconds, least=5):
     """Let the functions take turns for about `seconds`. -> {name: times of single calls in seconds}
 
-    A turn is a burst of calls of TURN seconds, or one call that takes longer. Only the second half of a burst counts: by
-    then the caches hold what this function uses, and not what the others left there. The first turn counts for nobody.
+    A turn is a burst of calls of TURN seconds, or one call that takes longer. Only the second half of a burst counts:
+    by then the caches hold what this function uses, and not what the others left. The first turn counts for nobody.
     """
     times = {name: [] for name in functions}
     end = time.perf_counter() + seconds
@@ -99,7 +100,9 @@ def op_cases(quick):
     for B, T in ((4, 256), (1, 1024)) if quick else ((4, 256), (1, 1024), (1, 4096)):
         work = B * H * T * (T + 1) // 2 * 4 * (C // H)  # two products, the causal half only; seven with the backward
         inputs = dict(qkv=normal(B, T, 3 * C))
-        cases.append(("attention", f"B{B} T{T} H{H} D{C // H}", inputs, dict(n_head=H), (work, 7 * work // 2), "GFLOP/s"))
+        cases.append(
+            ("attention", f"B{B} T{T} H{H} D{C // H}", inputs, dict(n_head=H), (work, 7 * work // 2), "GFLOP/s")
+        )
     V = 8192 if quick else 50257
     inputs = dict(hidden=normal(1, 1024, C), weight=normal(V, C, scale=0.02))
     work = 2 * 1024 * C * V
@@ -122,9 +125,7 @@ def bench_ops(quick, seconds, limit):
             torch.autograd.grad(function(**args, **options), list(args.values()), grad)
 
         for part, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
-            functions = {
-                name: (lambda run=run, function=getattr(where, op): run(function)) for name, where in CONTESTANTS.items()
-            }
+            functions = {name: partial(run, getattr(where, op)) for name, where in CONTESTANTS.items()}
             rows.append(row(op, title, part, interleaved(functions, seconds), amount / 1e9, unit, limit))
             show(rows[-1])
     return rows
@@ -150,9 +151,12 @@ def header():
 
 
 def show(r):
-    times = "".join(f"{r[name]['ms']:>10.2f} ±{r[name]['spread']:>4.0%}" if name in r else f"{'-':>17}" for name in CONTESTANTS)
+    times = "".join(
+        f"{r[name]['ms']:>10.2f} ±{r[name]['spread']:>4.0%}" if name in r else f"{'-':>17}" for name in CONTESTANTS
+    )
     share = f"{r['share']:.0%}" if r["share"] else "-"
-    print(f"{r['op']:<11}{r['case']:<20}{r['part']:<17}{times}{r['ratio']:>13.2f}x{r['rate']:>10.1f} {r['unit']:<7}{share:>9}")
+    rate = f"{r['rate']:>10.1f} {r['unit']:<7}"
+    print(f"{r['op']:<11}{r['case']:<20}{r['part']:<17}{times}{r['ratio']:>13.2f}x{rate}{share:>9}")
 
 
 def bench_models(quick, seconds, limit):
@@ -226,7 +230,9 @@ def run(quick=False, seconds=2.0):
     with memory_kept():
         torch.manual_seed(0)
         limit = limits()
-        about = dict(torch=torch.__version__, isa=_kernels.isa(), threads=torch.get_num_threads(), cpu=platform.machine())
+        about = dict(
+            torch=torch.__version__, isa=_kernels.isa(), threads=torch.get_num_threads(), cpu=platform.machine()
+        )
         print(f"torch {about['torch']}, {about['isa']}, {about['threads']} threads; limits measured now: ", end="")
         print(f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory")
         header()

@@ -38,7 +38,7 @@ class _Kernel:
         self.name, self.forward, self.eager = name, forward, function.apply
 
     def __call__(self, tensors, *others):
-        """All outputs. `tensors` is a dictionary of the arguments that are tensors, by name; `others` come after them."""
+        """All outputs. `tensors` are the arguments that are tensors, by name; `others` come after them."""
         x, *more = tensors.values()
         try:
             if _traced(x):

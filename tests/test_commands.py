@@ -14,7 +14,12 @@ from fastgpt import bench, check
 
 def fastgpt_command(*argv, cwd, **env):
     return subprocess.run(
-        [sys.executable, "-m", "fastgpt", *argv], cwd=cwd, capture_output=True, text=True, env=os.environ | env, timeout=300
+        [sys.executable, "-m", "fastgpt", *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        timeout=300,
     )
 
 
@@ -53,7 +58,15 @@ def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
 def test_bench_writes_its_figures(tmp_path, capsys):
     bench.main(["--quick", "--seconds", "0.001", "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {row["op"] for row in figures["rows"]} >= {"layer_norm", "gelu", "linear", "attention", "lm_loss", "train step", "generate"}
+    assert {row["op"] for row in figures["rows"]} >= {
+        "layer_norm",
+        "gelu",
+        "linear",
+        "attention",
+        "lm_loss",
+        "train step",
+        "generate",
+    }
     for row in figures["rows"]:
         assert row["kernel"]["ms"] > 0 and row["ratio"] == pytest.approx(row["torch"]["ms"] / row["kernel"]["ms"])
     assert figures["limits"]["gflops"] > 1 and figures["limits"]["gbs"] > 0.1

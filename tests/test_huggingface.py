@@ -21,7 +21,7 @@ def theirs():
         bos_token_id=96, eos_token_id=96, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
-    for name, p in model.named_parameters():  # nothing may be zero or one, or a forgotten tensor would not show
+    for p in model.parameters():  # nothing may be zero or one, or a forgotten tensor would not show
         if p.dim() == 1:
             p.data += 0.1 * torch.randn(p.shape)
     return model
@@ -108,7 +108,11 @@ def test_another_model_than_gpt2_is_refused(theirs, key, value, tmp_path):
 
 def test_safetensors_files_are_the_librarys(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b.c": torch.arange(7), "empty": torch.zeros(0, 4), "one": torch.tensor(2.5)}
-    tensors |= {"half": torch.randn(5).half(), "brain": torch.randn(2, 2).bfloat16(), "flag": torch.tensor([True, False])}
+    tensors |= {
+        "half": torch.randn(5).half(),
+        "brain": torch.randn(2, 2).bfloat16(),
+        "flag": torch.tensor([True, False]),
+    }
     gpt.save_tensors(tmp_path / "ours", tensors, {"step": "7"})
     theirs = safetensors_torch.load_file(tmp_path / "ours")
     safetensors_torch.save_file(tensors, tmp_path / "theirs", metadata={"step": "7"})

@@ -46,7 +46,11 @@ def test_losses_of_20_optimizer_steps(small, seed):
     torch.manual_seed(seed)
     state = gpt.GPT(small).state_dict()
     losses = {}
-    for name, ops, dtype in (("truth", None, torch.float64), ("formula", None, torch.float32), ("kernel", fastgpt, torch.float32)):
+    for name, ops, dtype in (
+        ("truth", None, torch.float64),
+        ("formula", None, torch.float32),
+        ("kernel", fastgpt, torch.float32),
+    ):
         model = gpt.GPT(small, ops)
         model.load_state_dict(state)
         model.to(dtype)

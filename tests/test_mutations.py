@@ -44,7 +44,9 @@ MUTANTS = {
     "variance divided by C - 1": (
         "layer_norm",
         (65, 769),
-        lambda x, weight, bias: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt() * weight + bias,
+        lambda x, weight, bias: (
+            (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+        ),
     ),
     "mask hides the position itself": ("attention", (1, 65, 2, 16), attention_variant(diagonal=0)),
     "mask shows one future position": ("attention", (1, 65, 2, 16), attention_variant(diagonal=2)),

@@ -103,7 +103,9 @@ def test_second_derivative_is_refused(op):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(("x", "weight", "bias"), n)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [c for n in (1, 2) for c in itertools.combinations(("x", "weight", "bias"), n)], ids=str
+)
 @pytest.mark.parametrize("op, shape", [("layer_norm", (5, 48)), ("linear", (5, 48, 7))])
 def test_gradients_of_some_inputs_only(op, shape, wanted):
     assert_parity(check.compare(op, shape, wanted=wanted))
@@ -198,7 +200,9 @@ def test_lm_loss_skips_the_targets_that_are_minus_one():
     )
 
 
-@pytest.mark.parametrize("op, shape", [("layer_norm", (999, 768)), ("attention", (2, 300, 3, 64)), ("attention", (1, 1100, 1, 64))])
+@pytest.mark.parametrize(
+    "op, shape", [("layer_norm", (999, 768)), ("attention", (2, 300, 3, 64)), ("attention", (1, 1100, 1, 64))]
+)
 def test_bits_do_not_depend_on_threads_or_runs(op, shape, threads, isa):
     inputs, options = check.make_inputs(op, shape)
     results = []

@@ -53,7 +53,9 @@ def test_gpt2_tokenizer_offline_says_what_to_do(tmp_path):
     import os
 
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300
+    )
     assert run.returncode == 1
     assert "TIKTOKEN_CACHE_DIR" in run.stderr and "--tokenizer bytes" in run.stderr
     assert "Traceback" not in run.stderr and len(run.stderr.strip().splitlines()) == 1

@@ -46,7 +46,9 @@ def test_train_generate_eval(data, tmp_path, ops, capsys):
     assert "val loss" in shown and "\nthe " in shown
     gpt.main(["eval", "--model", out, "--data", data], ops)
     shown = capsys.readouterr().out
-    loss, perplexity, bits = (float(shown.split(word)[1].split()[0].rstrip(",")) for word in ("loss ", "perplexity ", "nats, perplexity "))
+    loss, perplexity, bits = (
+        float(shown.split(word)[1].split()[0].rstrip(",")) for word in ("loss ", "perplexity ", "nats, perplexity ")
+    )
     assert perplexity == pytest.approx(math.exp(loss), abs=0.02)
     assert float(shown.split(" bits per byte")[0].split()[-1]) == pytest.approx(loss / math.log(2), abs=1e-3)
     del bits
@@ -54,7 +56,11 @@ def test_train_generate_eval(data, tmp_path, ops, capsys):
 
 def test_training_learns(data, tmp_path, ops, capsys):
     train(tmp_path / "out", data, "--steps", "150", "--lr", "1e-2", "--eval-every", "150", ops=ops)
-    losses = [float(line.split("val loss ")[1].split()[0].rstrip(",")) for line in capsys.readouterr().out.splitlines() if "val loss" in line]
+    losses = [
+        float(line.split("val loss ")[1].split()[0].rstrip(","))
+        for line in capsys.readouterr().out.splitlines()
+        if "val loss" in line
+    ]
     assert losses[-1] < 1.5 < math.log(257)
 
 
@@ -179,8 +185,14 @@ def test_gpt_py_alone_trains_and_generates(tmp_path):
         "sys.argv = ['gpt.py'] + sys.argv[1:]\n"
         "runpy.run_path('gpt.py', run_name='__main__')\n"
     )
-    for argv in (["train", *TINY, "--steps", "3"], ["generate", "--prompt", "The ", "--max-new-tokens", "5"], ["eval", "--batch-size", "512"]):
-        run = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for argv in (
+        ["train", *TINY, "--steps", "3"],
+        ["generate", "--prompt", "The ", "--max-new-tokens", "5"],
+        ["eval", "--batch-size", "512"],
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
         assert run.returncode == 0, run.stderr
     assert "bits per byte" in run.stdout
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tokenizer"] == "bytes"
