@@ -7,6 +7,8 @@
 
 #include "layer_norm.h"
 
+#include "gelu.h"
+
 #include "philox.h"
 
 #include "attention.h"
@@ -14,4 +16,5 @@
 #include "machine.h"
 
 template <class T> constexpr KernelsFor<T> kernels_for = {layer_norm_forward<T>, layer_norm_backward<T>,
-                                                          attention_forward<T>, attention_backward<T>};
+                                                          gelu_forward<T>,       gelu_backward<T>,
+                                                          attention_forward<T>,  attention_backward<T>};

@@ -203,6 +203,36 @@ void layer_norm_backward(const py::array& dout, const py::array& x, const py::ar
     });
 }
 
+// -------------------------------------------------------------------------------------------------- gelu
+
+void gelu_forward(const py::array& x, const py::array& out) {
+    const char* op = "gelu";
+    const Argument input{op, "x", x};
+    with_dtype(input, [&](auto zero) {
+        using T = decltype(zero);
+        if (x.ndim() < 1) input.refuse("has shape ()", "at least one dimension");
+        const auto rows = input.rows<T>();
+        T* y = Argument{op, "out", out}.output<T>(shape_of(x));
+        const long C = x.shape(x.ndim() - 1);
+        compute([&] { chosen<T>().gelu_forward(rows, C, y); });
+    });
+}
+
+void gelu_backward(const py::array& dout, const py::array& x, const py::array& dx) {
+    const char* op = "gelu_backward";
+    const Argument input{op, "x", x}, gradient{op, "dout", dout};
+    with_dtype(input, [&](auto zero) {
+        using T = decltype(zero);
+        if (x.ndim() < 1) input.refuse("has shape ()", "at least one dimension");
+        gradient.expect_dtype<T>(" like x");
+        gradient.expect_shape(shape_of(x));
+        const auto rows = input.rows<T>(), gradient_rows = gradient.rows<T>();
+        T* to_x = Argument{op, "dx", dx}.output<T>(shape_of(x));
+        const long C = x.shape(x.ndim() - 1);
+        compute([&] { chosen<T>().gelu_backward(gradient_rows, rows, C, to_x); });
+    });
+}
+
 // --------------------------------------------------------------------------------------------- attention
 
 AttentionShape attention_shape(const Argument& qkv, long n_head, double dropout, uint64_t seed) {
@@ -295,6 +325,8 @@ PYBIND11_MODULE(_kernels, m) {
           arg("stats"));
     m.def("layer_norm_backward", layer_norm_backward, arg("dout"), arg("x"), arg("weight"), arg("stats"), arg("dx"),
           arg("dweight"), arg("dbias"));
+    m.def("gelu_forward", gelu_forward, arg("x"), arg("out"));
+    m.def("gelu_backward", gelu_backward, arg("dout"), arg("x"), arg("dx"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
           arg("out"), arg("lse"));
     m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("lse"), py::arg("n_head"),

@@ -47,6 +47,8 @@ template <class T> struct KernelsFor {
                                T* rstd);
     void (*layer_norm_backward)(const Rows<const T>& dy, const Rows<const T>& x, const T* weight, const T* mean,
                                 const T* rstd, long C, T* dx, T* dweight, T* dbias);
+    void (*gelu_forward)(const Rows<const T>& x, long C, T* y);
+    void (*gelu_backward)(const Rows<const T>& dy, const Rows<const T>& x, long C, T* dx);
     void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse);
     void (*attention_backward)(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
                                Sequence<const T> out, const T* lse, T* dqkv);

@@ -169,6 +169,42 @@ _layer_norm = _Kernel(
     _layer_norm_gradients,
 )
 
+# ------------------------------------------------------------------------------------------------------- gelu
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), value by value (Hendrycks and Gimpel 2016). Any shape.
+
+    float32 or float64; only the last dimension must be contiguous. Saves x alone.
+    Raises TypeError or ValueError for other dtypes, strides or devices.
+    """
+    if isinstance(x, Tensor) and x.dim() == 0:
+        return gelu(x.unsqueeze(0)).squeeze(0)
+    return _gelu(dict(x=x))
+
+
+def _gelu_forward(x: Tensor) -> Tensor:
+    out = _like(x)
+    _kernels.gelu_forward(_array(x), out.numpy())
+    return out
+
+
+def _gelu_backward(dout: Tensor, x: Tensor) -> Tensor:
+    dx = _like(x)
+    _kernels.gelu_backward(_array(_rows_adjacent(dout)), _array(x), dx.numpy())
+    return dx
+
+
+def _gelu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_gradients(ctx, dout):
+    return _gelu.differentiate(dout, *ctx.saved_tensors)
+
+
+_gelu = _Kernel(_gelu_forward, _gelu_backward, _like, lambda dout, x: _like(x), _gelu_setup, _gelu_gradients)
+
 # -------------------------------------------------------------------------------------------------- attention
 
 
@@ -231,13 +267,6 @@ _attention = _Kernel(
 )
 
 # -------------------------------------------------------------------------------------- what torch does so far
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks and Gimpel 2016), of any shape. So far this is torch's F.gelu."""
-    if not (isinstance(x, Tensor) and x.dtype in _DTYPES):
-        _check("gelu", x=x)
-    return F.gelu(x, approximate="tanh")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

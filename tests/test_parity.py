@@ -82,6 +82,7 @@ def test_gradcheck_of_attention_with_dropout():
 @pytest.mark.parametrize(
     "op, args",
     [
+        (ops._gelu.op, ((2, 3, 8),)),
         (ops._layer_norm.op, ((2, 3, 8), (8,), (8,), 1e-5)),
         (ops._attention.op, ((2, 5, 24), 2, 0.0, 0)),
         (ops._attention.op, ((2, 5, 24), 2, 0.25, 9)),
@@ -93,9 +94,9 @@ def test_opcheck(op, args, dtype):
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("op", ("layer_norm", "attention"))
+@pytest.mark.parametrize("op", ("layer_norm", "gelu", "attention"))
 def test_second_derivative_is_refused(op):
-    inputs, options = check.make_inputs(op, dict(layer_norm=(3, 8), attention=(1, 3, 1, 4))[op])
+    inputs, options = check.make_inputs(op, dict(layer_norm=(3, 8), gelu=(3, 8), attention=(1, 3, 1, 4))[op])
     x = next(iter(inputs.values()))
     x.requires_grad_()
     (grad,) = torch.autograd.grad(getattr(fastgpt, op)(**inputs, **options).square().sum(), x, create_graph=True)
@@ -131,7 +132,7 @@ def test_attention_reads_strided_views_in_place():
 
 
 def test_gradient_of_a_plain_sum_arrives_expanded():
-    for op, shape in (("layer_norm", (6, 48)), ("attention", (2, 7, 2, 8))):
+    for op, shape in (("layer_norm", (6, 48)), ("gelu", (6, 48)), ("attention", (2, 7, 2, 8))):
         inputs, options = check.make_inputs(op, shape)
         grads = []
         for function in (getattr(gpt, op), getattr(fastgpt, op)):
@@ -212,3 +213,29 @@ def test_bits_do_not_depend_on_threads_or_runs(op, shape, threads, isa):
     for other in results[1:]:
         for name, x in results[0].items():
             assert torch.equal(x, other[name]), name
+
+
+def test_gelu_far_out_and_in_strided_views(isa):
+    x = torch.tensor([-1e30, -1e4, -88.0, -12.0, -5.0, -1e-30, 0.0, 1e-30, 5.0, 12.0, 88.0, 1e4, 1e30])
+    assert_parity(check.compare("gelu", (13,), inputs=dict(x=x[1:-1]), options={}))
+    assert fastgpt.gelu(x)[-1] == x[-1] and fastgpt.gelu(x)[0] == 0
+    wide = torch.randn(5, 7, 40, generator=torch.Generator().manual_seed(0))
+    for view in (wide[::2, :, 3:36], wide.transpose(0, 1), wide[0, 0, 0]):
+        assert_parity(check.compare("gelu", tuple(view.shape), inputs=dict(x=view), options={}))
+
+
+def test_lm_loss_of_large_and_of_equal_logits():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 9, 16, generator=generator) * 1e4, torch.randn(11, 16, generator=generator) * 1e4
+    options = dict(targets=torch.randint(11, (1, 9), generator=generator))
+    rows = check.compare("lm_loss", (1, 9, 16, 11), inputs=dict(hidden=hidden, weight=weight), options=options)
+    assert_parity(rows)
+    equal = fastgpt.lm_loss(torch.zeros(1, 9, 16), weight, **options)
+    torch.testing.assert_close(equal, torch.tensor(11.0).log())
+
+
+def test_lm_loss_reads_strided_targets():
+    inputs, options = check.make_inputs("lm_loss", (2, 9, 16, 11))
+    wide = torch.full((2, 12), -1)
+    wide[:, 1:10] = options["targets"]
+    assert torch.equal(fastgpt.lm_loss(**inputs, targets=wide[:, 1:10]), fastgpt.lm_loss(**inputs, **options))
