@@ -9,12 +9,14 @@
 
 #include "gelu.h"
 
+#include "linear.h"
+
 #include "philox.h"
 
 #include "attention.h"
 
 #include "machine.h"
 
-template <class T> constexpr KernelsFor<T> kernels_for = {layer_norm_forward<T>, layer_norm_backward<T>,
-                                                          gelu_forward<T>,       gelu_backward<T>,
-                                                          attention_forward<T>,  attention_backward<T>};
+template <class T> constexpr KernelsFor<T> kernels_for = {
+    layer_norm_forward<T>, layer_norm_backward<T>, gelu_forward<T>, gelu_backward<T>, matmul<T>,
+    attention_forward<T>,  attention_backward<T>};

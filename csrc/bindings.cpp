@@ -233,6 +233,75 @@ void gelu_backward(const py::array& dout, const py::array& x, const py::array& d
     });
 }
 
+// ------------------------------------------------------------------------------------------------ linear
+
+// Lines of a matrix: all leading dimensions are one.
+template <class T> Rows<const T> lines(const Argument& a, long& count, long& width) {
+    a.expect_dtype<T>(" like the other arguments");
+    width = channels(a);
+    const auto rows = a.rows<T>();
+    count = rows.count;
+    return rows;
+}
+
+void refuse_product(const Argument& a, const string& expected) {
+    a.refuse("has shape " + spell(shape_of(a.array)), expected);
+}
+
+void linear_forward(const py::array& x, const py::array& weight, const py::object& bias, const py::array& out) {
+    const char* op = "linear";
+    const Argument input{op, "x", x}, matrix{op, "weight", weight};
+    with_dtype(input, [&](auto zero) {
+        using T = decltype(zero);
+        long M, K, N, K_weight;
+        const auto A = lines<T>(input, M, K);
+        matrix.expect_rank(2, "(N, K)");
+        const auto B = lines<T>(matrix, N, K_weight);
+        if (K_weight != K) refuse_product(matrix, "(N, " + std::to_string(K) + ")");
+        const T* b = nullptr;
+        if (!bias.is_none()) {
+            const auto array = py::cast<py::array>(bias);
+            b = Argument{op, "bias", array}.input<T>({N});
+        }
+        Shape shape = shape_of(x);
+        shape.back() = N;
+        T* y = Argument{op, "out", out}.output<T>(shape);
+        compute([&] { chosen<T>().matmul(M, N, K, A, false, B, true, b, y); });
+    });
+}
+
+// dx unless it is None, dweight unless it is None.
+void linear_backward(const py::array& dout, const py::array& x, const py::array& weight, const py::object& dx,
+                     const py::object& dweight) {
+    const char* op = "linear_backward";
+    const Argument input{op, "x", x}, matrix{op, "weight", weight}, gradient{op, "dout", dout};
+    with_dtype(input, [&](auto zero) {
+        using T = decltype(zero);
+        long M, K, N, K_weight, M_gradient, N_gradient;
+        const auto X = lines<T>(input, M, K);
+        matrix.expect_rank(2, "(N, K)");
+        const auto W = lines<T>(matrix, N, K_weight);
+        if (K_weight != K) refuse_product(matrix, "(N, " + std::to_string(K) + ")");
+        Shape shape = shape_of(x);
+        shape.back() = N;
+        gradient.expect_shape(shape);
+        const auto G = lines<T>(gradient, M_gradient, N_gradient);
+        T *to_x = nullptr, *to_weight = nullptr;
+        if (!dx.is_none()) {
+            const auto array = py::cast<py::array>(dx);
+            to_x = Argument{op, "dx", array}.output<T>(shape_of(x));
+        }
+        if (!dweight.is_none()) {
+            const auto array = py::cast<py::array>(dweight);
+            to_weight = Argument{op, "dweight", array}.output<T>({N, K});
+        }
+        compute([&] {
+            if (to_x) chosen<T>().matmul(M, K, N, G, false, W, false, nullptr, to_x);
+            if (to_weight) chosen<T>().matmul(N, K, M, G, true, X, false, nullptr, to_weight);
+        });
+    });
+}
+
 // --------------------------------------------------------------------------------------------- attention
 
 AttentionShape attention_shape(const Argument& qkv, long n_head, double dropout, uint64_t seed) {
@@ -327,6 +396,8 @@ PYBIND11_MODULE(_kernels, m) {
           arg("dweight"), arg("dbias"));
     m.def("gelu_forward", gelu_forward, arg("x"), arg("out"));
     m.def("gelu_backward", gelu_backward, arg("dout"), arg("x"), arg("dx"));
+    m.def("linear_forward", linear_forward, arg("x"), arg("weight"), py::arg("bias"), arg("out"));
+    m.def("linear_backward", linear_backward, arg("dout"), arg("x"), arg("weight"), py::arg("dx"), py::arg("dweight"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
           arg("out"), arg("lse"));
     m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("lse"), py::arg("n_head"),

@@ -49,6 +49,8 @@ template <class T> struct KernelsFor {
                                 const T* rstd, long C, T* dx, T* dweight, T* dbias);
     void (*gelu_forward)(const Rows<const T>& x, long C, T* y);
     void (*gelu_backward)(const Rows<const T>& dy, const Rows<const T>& x, long C, T* dx);
+    void (*matmul)(long M, long N, long K, const Rows<const T>& A, bool A_transposed, const Rows<const T>& B,
+                   bool B_transposed, const T* bias, T* C);
     void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse);
     void (*attention_backward)(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
                                Sequence<const T> out, const T* lse, T* dqkv);

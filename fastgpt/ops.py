@@ -86,6 +86,8 @@ def _like(x):
 def _check(op, **tensors):
     """What C++ can't tell from an array: that these are tensors, on the CPU, in a dtype that NumPy knows."""
     for name, x in tensors.items():
+        if x is None and name == "bias" and op == "linear":
+            continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
         if x.device.type not in ("cpu", "meta") or x.layout is not torch.strided:
@@ -266,27 +268,76 @@ _attention = _Kernel(
     _attention_gradients,
 )
 
-# -------------------------------------------------------------------------------------- what torch does so far
+# ----------------------------------------------------------------------------------------------------- linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N). So far this is torch's F.linear."""
+    """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N).
+
+    float32 or float64; of x and weight only the last dimension must be contiguous. Blocks and loops as in BLIS (Van Zee
+    and van de Geijn 2015). Fewer than FEW_ROWS rows go to torch's F.linear: there, the time is the time to read weight
+    once, and copying it into panels, which pays for itself over many rows, would only add to it.
+    Raises TypeError or ValueError for other dtypes, shapes, strides or devices.
+    """
     try:
-        if x.dtype in _DTYPES and (bias is None or bias.shape == weight.shape[:1]):
+        few = x.dtype in _DTYPES and x.numel() < FEW_ROWS * x.shape[-1] and (bias is None or bias.dim() == 1)
+        if few and (bias is None or bias.shape == weight.shape[:1]):
             return F.linear(x, weight, bias)
-    except (AttributeError, RuntimeError, TypeError):  # the same, in our words
-        pass
-    _check("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-    _check_matrix("linear", "weight", weight, "N", x)
-    if bias is not None:
-        _expect("linear", "bias", bias, x.dtype, weight.shape[:1])
-    return F.linear(x, weight, bias)
+        return _linear(dict(x=x, weight=weight, bias=bias))
+    except (AttributeError, IndexError, RuntimeError):  # the same, in our words
+        _check("linear", x=x, weight=weight, bias=bias)
+        _check_matrix("linear", "weight", weight, "N", x)
+        if bias is not None:
+            _expect("linear", "bias", bias, x.dtype, weight.shape[:1])
+        raise
+
+
+FEW_ROWS = 32
+
+
+def _linear_fake(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _linear_fake(x, weight, bias)
+    _kernels.linear_forward(_array(x), _array(weight), None if bias is None else _array(bias), out.numpy())
+    return out
+
+
+def _linear_backward_fake(dout, x, weight, for_x, for_weight):
+    return _like(x) if for_x else x.new_empty(0), _like(weight) if for_weight else x.new_empty(0)
+
+
+def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor, for_x: bool, for_weight: bool) -> tuple[Tensor, Tensor]:
+    dx, dweight = _linear_backward_fake(dout, x, weight, for_x, for_weight)
+    inputs = (_array(_rows_adjacent(dout)), _array(x), _array(weight))
+    _kernels.linear_backward(*inputs, dx.numpy() if for_x else None, dweight.numpy() if for_weight else None)
+    return dx, dweight
+
+
+def _linear_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_gradients(ctx, dout):
+    for_x, for_weight, for_bias = ctx.needs_input_grad
+    dx, dweight = _linear.differentiate(dout, *ctx.saved_tensors, for_x, for_weight)
+    dbias = dout.reshape(-1, dout.shape[-1]).sum(0) if for_bias else None
+    return dx if for_x else None, dweight if for_weight else None, dbias
+
+
+_linear = _Kernel(
+    _linear_forward, _linear_backward, _linear_fake, _linear_backward_fake, _linear_setup, _linear_gradients
+)
+
+# ---------------------------------------------------------------------------------------------------- lm_loss
 
 
 def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of softmax(hidden @ weight.T) over the targets that aren't -1.
 
-    (B, T, C), (V, C), int64 (B, T) -> (). So far this is torch's F.linear and F.cross_entropy.
+    (B, T, C), (V, C), int64 (B, T) -> (). So far this is linear and torch's F.cross_entropy: the logits exist whole.
     """
     _check("lm_loss", hidden=hidden, weight=weight)
     _check_matrix("lm_loss", "weight", weight, "V", hidden)
@@ -298,5 +349,5 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         bad = targets[(targets < -1) | (targets >= V)]
         if bad.numel():
             raise ValueError(f"lm_loss: targets has {bad[0].item()}, expected -1 or 0 <= target < V={V}")
-    logits = F.linear(hidden, weight).reshape(-1, V)
+    logits = linear(hidden, weight).reshape(-1, V)
     return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1)

@@ -10,6 +10,7 @@ from fastgpt import _kernels
 
 x, w, b = torch.randn(4, 8), torch.randn(8), torch.randn(8)
 qkv = torch.randn(2, 5, 24)
+many = torch.randn(50, 8)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,12 @@ qkv = torch.randn(2, 5, 24)
         (lambda: fastgpt.linear(x, torch.randn(3, 7)), ValueError, r"linear: weight has shape \(3, 7\), expected \(N, 8\)"),
         (lambda: fastgpt.linear(x, torch.randn(3, 8), b), ValueError, r"linear: bias has shape \(8,\), expected \(3,\)"),
         (lambda: fastgpt.linear(x, torch.randn(3, 8).double()), TypeError, "linear: weight has dtype torch.float64"),
+        (lambda: fastgpt.linear(many, torch.randn(3, 7)), ValueError, r"linear: weight has shape \(3, 7\), expected \(N, 8\)"),
+        (lambda: fastgpt.linear(many, torch.randn(8)), ValueError, r"linear: weight has shape \(8,\), expected shape \(N, K\)"),
+        (lambda: fastgpt.linear(many, torch.randn(3, 8), b), ValueError, r"linear: bias has shape \(8,\), expected \(3,\)"),
+        (lambda: fastgpt.linear(many, torch.randn(3, 8).double()), TypeError, "linear: weight has dtype float64, expected float32"),
+        (lambda: fastgpt.linear(many, torch.randn(8, 3).T), ValueError, "linear: weight has stride 3 in its last dimension"),
+        (lambda: fastgpt.linear(many.half(), w), TypeError, "linear: x has dtype torch.float16"),
         (lambda: fastgpt.lm_loss(x[None], torch.randn(9, 7), torch.zeros(1, 4).long()), ValueError, r"lm_loss: weight has shape \(9, 7\), expected \(V, 8\)"),
         (lambda: fastgpt.lm_loss(x[None], torch.randn(9, 8), torch.zeros(4).long()), ValueError, r"lm_loss: targets has shape \(4,\), expected \(1, 4\)"),
         (lambda: fastgpt.lm_loss(x[None], torch.randn(9, 8), torch.zeros(1, 4)), TypeError, "lm_loss: targets has dtype torch.float32, expected torch.int64"),

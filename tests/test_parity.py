@@ -67,7 +67,7 @@ def test_dropout_drops_its_share_and_differs_by_seed():
 
 @pytest.mark.parametrize("op", gpt.FORMULAS)
 def test_gradcheck_in_float64(op, isa):
-    shape = dict(layer_norm=(3, 11), gelu=(3, 5), linear=(3, 4, 5), attention=(2, 5, 2, 3), lm_loss=(2, 3, 4, 5))[op]
+    shape = dict(layer_norm=(3, 11), gelu=(3, 5), linear=(33, 4, 5), attention=(2, 5, 2, 3), lm_loss=(2, 3, 4, 5))[op]
     inputs, options = check.make_inputs(op, shape)
     args = [x.double().requires_grad_() for x in inputs.values()]
     assert torch.autograd.gradcheck(lambda *a: getattr(fastgpt, op)(*a, **options), args)
@@ -84,6 +84,8 @@ def test_gradcheck_of_attention_with_dropout():
     [
         (ops._gelu.op, ((2, 3, 8),)),
         (ops._layer_norm.op, ((2, 3, 8), (8,), (8,), 1e-5)),
+        (ops._linear.op, ((2, 3, 8), (5, 8), (5,))),
+        (ops._linear.op, ((2, 3, 8), (5, 8), None)),
         (ops._attention.op, ((2, 5, 24), 2, 0.0, 0)),
         (ops._attention.op, ((2, 5, 24), 2, 0.25, 9)),
     ],
@@ -94,9 +96,11 @@ def test_opcheck(op, args, dtype):
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("op", ("layer_norm", "gelu", "attention"))
+@pytest.mark.parametrize("op", ("layer_norm", "gelu", "linear", "attention"))
 def test_second_derivative_is_refused(op):
-    inputs, options = check.make_inputs(op, dict(layer_norm=(3, 8), gelu=(3, 8), attention=(1, 3, 1, 4))[op])
+    inputs, options = check.make_inputs(
+        op, dict(layer_norm=(3, 8), gelu=(3, 8), linear=(40, 3, 4), attention=(1, 3, 1, 4))[op]
+    )
     x = next(iter(inputs.values()))
     x.requires_grad_()
     (grad,) = torch.autograd.grad(getattr(fastgpt, op)(**inputs, **options).square().sum(), x, create_graph=True)
@@ -107,7 +111,7 @@ def test_second_derivative_is_refused(op):
 @pytest.mark.parametrize(
     "wanted", [c for n in (1, 2) for c in itertools.combinations(("x", "weight", "bias"), n)], ids=str
 )
-@pytest.mark.parametrize("op, shape", [("layer_norm", (5, 48)), ("linear", (5, 48, 7))])
+@pytest.mark.parametrize("op, shape", [("layer_norm", (5, 48)), ("linear", (40, 48, 7))])
 def test_gradients_of_some_inputs_only(op, shape, wanted):
     assert_parity(check.compare(op, shape, wanted=wanted))
 
@@ -173,11 +177,17 @@ def test_attention_never_sees_the_future(isa):
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_not_a_number_spreads_as_in_the_formula(bad, isa):
-    for op, shape in (("attention", (1, 70, 1, 8)), ("layer_norm", (3, 21))):
+    for op, shape in (
+        ("attention", (1, 70, 1, 8)),
+        ("layer_norm", (3, 21)),
+        ("gelu", (3, 21)),
+        ("linear", (40, 21, 5)),
+    ):
         inputs, options = check.make_inputs(op, shape)
         next(iter(inputs.values())).view(-1)[30] = bad
         expected, out = (f(**inputs, **options) for f in (getattr(gpt, op), getattr(fastgpt, op)))
-        assert expected.isnan().any() and torch.equal(expected.isnan(), out.isnan())
+        assert not expected.isfinite().all()
+        assert torch.equal(expected.isnan(), out.isnan()) and torch.equal(expected.isinf(), out.isinf())
 
 
 def test_layer_norm_of_a_large_mean_keeps_its_digits(isa):
@@ -202,7 +212,14 @@ def test_lm_loss_skips_the_targets_that_are_minus_one():
 
 
 @pytest.mark.parametrize(
-    "op, shape", [("layer_norm", (999, 768)), ("attention", (2, 300, 3, 64)), ("attention", (1, 1100, 1, 64))]
+    "op, shape",
+    [
+        ("layer_norm", (999, 768)),
+        ("linear", (700, 300, 500)),
+        ("gelu", (99, 768)),
+        ("attention", (2, 300, 3, 64)),
+        ("attention", (1, 1100, 1, 64)),
+    ],
 )
 def test_bits_do_not_depend_on_threads_or_runs(op, shape, threads, isa):
     inputs, options = check.make_inputs(op, shape)
@@ -239,3 +256,23 @@ def test_lm_loss_reads_strided_targets():
     wide = torch.full((2, 12), -1)
     wide[:, 1:10] = options["targets"]
     assert torch.equal(fastgpt.lm_loss(**inputs, targets=wide[:, 1:10]), fastgpt.lm_loss(**inputs, **options))
+
+
+@pytest.mark.parametrize("K, N", [(1, 1), (48, 769), (191, 383), (193, 385), (769, 48), (400, 1000)])
+@pytest.mark.parametrize("rows", (32, 33, 65, 385))
+def test_linear_at_awkward_shapes(rows, K, N):
+    assert_parity(check.compare("linear", (rows, K, N)))
+
+
+def test_linear_reads_strided_views_in_place():
+    generator = torch.Generator().manual_seed(0)
+    wide, weights = torch.randn(9, 7, 3, 64, generator=generator), torch.randn(30, 3, 64, generator=generator)
+    for x in (wide[:, :, 1, 8:56], wide.transpose(0, 2)[..., :48], wide[::2, 1:, :, 3:51]):
+        inputs = dict(x=x, weight=weights[:, 1, 5:53], bias=torch.ones(30))
+        assert_parity(check.compare("linear", tuple(x.shape), inputs=inputs, options={}))
+
+
+def test_linear_without_bias():
+    inputs, options = check.make_inputs("linear", (65, 48, 97))
+    del inputs["bias"]
+    assert_parity(check.compare("linear", (65, 48, 97), inputs=inputs, options=options))
