@@ -215,10 +215,15 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> 
 
     (B, T, 3C) -> (B, T, C), float32 or float64; qkv holds queries, keys and values side by side, as one projection
     wrote them, and gets its gradient in the same form. `dropout` zeroes that share of the attention weights and scales
-    the others up; which ones follows from `seed` (0 <= seed < 2**64) exactly as in gpt.py's dropout_mask.
+    the others up; which ones follows from `seed` (0 <= seed < 2**63) exactly as in gpt.py's dropout_mask.
     Saves `out` and one number a query and head, the log-sum-exp in base 2.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or if 3 * n_head doesn't divide 3C.
     """
+    for name, number in (("n_head", n_head), ("seed", seed)):
+        if not isinstance(number, int):
+            raise TypeError(f"attention: {name} is {type(number).__name__}, expected an int")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"attention: seed is {seed}, expected 0 <= seed < 2**63")
     return _attention(dict(qkv=qkv), n_head, dropout, seed)[0]
 
 

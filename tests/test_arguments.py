@@ -41,6 +41,8 @@ many = torch.randn(50, 8)
         (lambda: fastgpt.attention(qkv.transpose(1, 2), 1), ValueError, "attention: qkv has 5 channels"),
         (lambda: fastgpt.attention(torch.randn(2, 24, 5).transpose(1, 2), 2), ValueError, "attention: qkv has stride 5 in its last dimension"),
         (lambda: fastgpt.attention(qkv, 2, dropout=1.0), ValueError, "attention: dropout is 1.0"),
+        (lambda: fastgpt.attention(qkv, 2.0), TypeError, "attention: n_head is float, expected an int"),
+        (lambda: fastgpt.attention(qkv, 2, 0.1, -1), ValueError, "attention: seed is -1, expected 0 <= seed"),
         (lambda: fastgpt.attention("qkv", 2), TypeError, "attention: qkv is str, expected a tensor"),
         (lambda: fastgpt.gelu([1.0]), TypeError, "gelu: x is list"),
         (lambda: fastgpt.linear(x.half(), w), TypeError, "linear: x has dtype torch.float16"),
