@@ -74,7 +74,6 @@ def test_bench_writes_its_figures(tmp_path, capsys):
 
 
 def test_bench_draws_a_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     row = dict(op="gelu", case="1024x3072", part="forward", ratio=2.0)
     bench.plot([row], str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
