@@ -22,8 +22,8 @@ class _Kernel:
     """One kernel, forward and backward, in the two forms in which torch meets it.
 
     op      torch.ops.fastgpt.<name> with a fake and an autograd formula: for torch.compile, export, opcheck
-    eager   the same functions as a torch.autograd.Function: a call costs 30 us less than through the dispatcher, which
-            for layer_norm of 1024 x 768 is a tenth of the time
+    eager   the same functions as a torch.autograd.Function: forward and backward cost 20 us less than through the
+            dispatcher, a tenth of the time that layer_norm of 1024 x 768 takes
     """
 
     def __init__(self, forward, backward, forward_fake, backward_fake, setup_context, gradients):
