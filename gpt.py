@@ -165,7 +165,7 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):  # (B, T, C) -> (B, T, C)
         qkv = self.c_attn(x)  # (B, T, 3C)
         if cache is not None and cache.append(qkv):
-            y = cache.attention()
+            y = cache.attention(qkv)
         elif self.training and self.dropout:
             y = self.ops.attention(qkv, self.n_head, self.dropout, int(torch.randint(2**62, ())))
         else:
@@ -178,20 +178,19 @@ class KVCache:
 
     def __init__(self, B, config, dtype):
         self.n_head, self.length = config.n_head, 0
-        self.qkv = torch.empty(B, config.block_size, 3 * config.n_embd, dtype=dtype)
+        self.kv = torch.empty(B, config.block_size, 2 * config.n_embd, dtype=dtype)
 
     def append(self, qkv):
-        """Store (B, t, 3C). True if there was something before it: then these t positions must look back too."""
-        before, self.new = self.length, qkv.shape[1]
-        self.length += self.new
-        self.qkv[:, before : self.length] = qkv
+        """Store the keys and values of (B, t, 3C). True if there was something before: then these t must look back."""
+        before, self.length = self.length, self.length + qkv.shape[1]
+        self.kv[:, before : self.length] = qkv[..., qkv.shape[-1] // 3 :]
         return before > 0
 
-    def attention(self):
+    def attention(self, qkv):
         """The same formula as above, for the newest position only. -> (B, 1, C)"""
-        qkv = self.qkv[:, : self.length]
-        q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-        weights = torch.softmax(q[:, :, -1:] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)  # (B, H, 1, T)
+        parts = (qkv[:, -1:, : qkv.shape[-1] // 3], *self.kv[:, : self.length].chunk(2, dim=-1))
+        q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in parts)  # (B, H, 1 or T, D)
+        weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)  # (B, H, 1, T)
         return (weights @ v).transpose(1, 2).flatten(2)
 
 

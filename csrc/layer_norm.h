@@ -16,16 +16,8 @@
 //
 // The columns of dweight and dbias are summed within fixed blocks of rows and then block by block, so the order depends
 // on the shape alone and the bits do not depend on the number of threads.
-
 //
 // The forward takes the sums of R rows at once: they hide each other's latency.
-
-// step(c, n) for all channels, n = VL at a time and what is left over at the end.
-template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const Step& step) {
-    long c = 0;
-    for (; c + VL<T> <= C; c += VL<T>) step(c, VL<T>);
-    if (c < C) step(c, int(C - c));
-}
 
 template <class T, int R> FASTGPT_INLINE void layer_norm_forward_rows(const Rows<const T>& x, const T* weight,
                                                                       const T* bias, T eps, long C, long r, T* y,

@@ -5,14 +5,13 @@
 // All three are C = A B + bias with A or B read across its lines, so one function serves them. Nothing is saved for the
 // backward but x and W.
 //
-//            NC columns, in panels of NR = NV * VL              C is cut into blocks of MC x NC; a block is a task and
-//            has
-//          +------+------+------+------+                        one owner. For every KC terms of the sum, the owner
-//     KC   | B    |      |      |      |                        copies its part of A and of B into buffers that fit the
-//          +------+------+------+------+                        second-level cache, B in panels of NR columns, each
-//   A      +------+------+------+------+                        small enough for the first level. Then the microkernel
-//  [MC x   | C    |      |      |      |  MC rows, MR at a      runs down each panel, and its sum of KC terms is added
-//   KC]    |      |      |      |      |  time                  to C.
+//            NC columns, in panels of NR = NV * VL
+//          +------+------+------+------+        C is cut into blocks of MC x NC; a block is a task, with one owner.
+//     KC   | B    |      |      |      |        For every KC terms of the sum, the owner copies its part of A and B
+//          +------+------+------+------+        into buffers that fit the second-level cache, B in panels of NR
+//   A      +------+------+------+------+        columns, each small enough for the first level. Then the
+//  [MC x   | C    |      |      |      |  MC    microkernel runs down each panel, MR rows at a time, and its sum
+//   KC]    |      |      |      |      |  rows  of KC terms is added to C.
 //          +------+------+------+------+
 //
 // Names and order of the loops are those of BLIS. The blocks depend on the shape alone, and each sum runs in one order,

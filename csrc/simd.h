@@ -44,6 +44,13 @@ template <class T> FASTGPT_INLINE void store_first(T* p, vec<T> v, int n) {
         if (i < n) p[i] = v[i];
 }
 
+// step(c, n) for all of C values, n = VL at a time and what is left over at the end.
+template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const Step& step) {
+    long c = 0;
+    for (; c + VL<T> <= C; c += VL<T>) step(c, VL<T>);
+    if (c < C) step(c, int(C - c));
+}
+
 // x - {} and not {} + x: 0 + x must turn -0 into 0, so GCC would emit a real addition for every broadcast.
 template <class T> FASTGPT_INLINE vec<T> broadcast(T x) { return x - vec<T>{}; }
 

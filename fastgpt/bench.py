@@ -6,7 +6,7 @@ The limits, multiply-adds a second in registers and bytes a second from memory, 
 """
 
 import argparse
-import contextlib
+import ctypes
 import json
 import platform
 import statistics
@@ -193,16 +193,12 @@ def bench_models(quick, seconds, limit):
     return rows
 
 
-@contextlib.contextmanager
-def memory_kept():
+def keep_memory():
     """Let malloc keep what is freed (glibc): else each large tensor is cleared anew, page by page, in every round."""
-    import ctypes
-
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, 1 << 30)
-    yield
 
 
 def plot(rows, path):
@@ -227,16 +223,14 @@ def plot(rows, path):
 
 def run(quick=False, seconds=2.0):
     """Print the report. -> everything in it, as a dictionary"""
-    with memory_kept():
-        torch.manual_seed(0)
-        limit = limits()
-        about = dict(
-            torch=torch.__version__, isa=_kernels.isa(), threads=torch.get_num_threads(), cpu=platform.machine()
-        )
-        print(f"torch {about['torch']}, {about['isa']}, {about['threads']} threads; limits measured now: ", end="")
-        print(f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory")
-        header()
-        rows = bench_ops(quick, seconds, limit) + bench_models(quick, seconds, limit)
+    keep_memory()
+    torch.manual_seed(0)
+    limit = limits()
+    about = dict(torch=torch.__version__, isa=_kernels.isa(), threads=torch.get_num_threads(), cpu=platform.machine())
+    print(f"torch {about['torch']}, {about['isa']}, {about['threads']} threads; limits measured now: ", end="")
+    print(f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory")
+    header()
+    rows = bench_ops(quick, seconds, limit) + bench_models(quick, seconds, limit)
     return dict(about=about, limits=limit, rows=rows)
 
 
