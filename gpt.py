@@ -204,6 +204,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, ops, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        if hasattr(self.ops, "linear_gelu"):  # the same in one pass
+            return self.c_proj(self.ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias))
         return self.c_proj(self.ops.gelu(self.c_fc(x)))
 
 
@@ -236,7 +238,8 @@ class GPT(nn.Module):
         missing = [name for name in FORMULAS if not callable(getattr(ops, name, None))]
         if missing:
             raise ValueError(f"GPT: ops has no {', '.join(missing)}; expected a namespace with {', '.join(FORMULAS)}")
-        self.config, self.ops = config, SimpleNamespace(**{name: getattr(ops, name) for name in FORMULAS})
+        names = [name for name in (*FORMULAS, "linear_gelu") if hasattr(ops, name)]
+        self.config, self.ops = config, SimpleNamespace(**{name: getattr(ops, name) for name in names})
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # what the token is
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
         self.drop = nn.Dropout(config.dropout)

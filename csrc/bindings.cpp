@@ -248,8 +248,10 @@ void refuse_product(const Argument& a, const string& expected) {
     a.refuse("has shape " + spell(shape_of(a.array)), expected);
 }
 
-void linear_forward(const py::array& x, const py::array& weight, const py::object& bias, const py::array& out) {
-    const char* op = "linear";
+// With `activated`: out = y, activated = gelu(y). They may be one array, which then holds gelu(y) alone.
+void linear_forward(const py::array& x, const py::array& weight, const py::object& bias, const py::array& out,
+                    const py::object& activated) {
+    const char* op = activated.is_none() ? "linear" : "linear_gelu";
     const Argument input{op, "x", x}, matrix{op, "weight", weight};
     with_dtype(input, [&](auto zero) {
         using T = decltype(zero);
@@ -265,8 +267,12 @@ void linear_forward(const py::array& x, const py::array& weight, const py::objec
         }
         Shape shape = shape_of(x);
         shape.back() = N;
-        T* y = Argument{op, "out", out}.output<T>(shape);
-        compute([&] { chosen<T>().matmul(M, N, K, A, false, B, true, b, y); });
+        T *y = Argument{op, "out", out}.output<T>(shape), *g = nullptr;
+        if (!activated.is_none()) {
+            const auto array = py::cast<py::array>(activated);
+            g = Argument{op, "activated", array}.output<T>(shape);
+        }
+        compute([&] { chosen<T>().matmul({M, N, K, A, false, B, true, y, false, b, g}); });
     });
 }
 
@@ -296,10 +302,46 @@ void linear_backward(const py::array& dout, const py::array& x, const py::array&
             to_weight = Argument{op, "dweight", array}.output<T>({N, K});
         }
         compute([&] {
-            if (to_x) chosen<T>().matmul(M, K, N, G, false, W, false, nullptr, to_x);
-            if (to_weight) chosen<T>().matmul(N, K, M, G, true, X, false, nullptr, to_weight);
+            if (to_x) chosen<T>().matmul({M, K, N, G, false, W, false, to_x});
+            if (to_weight) chosen<T>().matmul({N, K, M, G, true, X, false, to_weight});
         });
     });
+}
+
+// ----------------------------------------------------------------------------------------------- lm_loss
+
+// -> the loss; the gradients for dloss = 1 into dhidden and dweight, unless they are None.
+double lm_loss(const py::array& hidden, const py::array& weight, const py::array& targets, const py::object& dhidden,
+               const py::object& dweight) {
+    const char* op = "lm_loss";
+    const Argument input{op, "hidden", hidden}, matrix{op, "weight", weight}, indices{op, "targets", targets};
+    double loss = 0;
+    with_dtype(input, [&](auto zero) {
+        using T = decltype(zero);
+        long M, C, V, C_weight;
+        const auto H = lines<T>(input, M, C);
+        matrix.expect_rank(2, "(V, C)");
+        const auto W = lines<T>(matrix, V, C_weight);
+        if (C_weight != C) refuse_product(matrix, "(V, " + std::to_string(C) + ")");
+        Shape shape = shape_of(hidden);
+        shape.pop_back();
+        const int64_t* t = indices.input<int64_t>(shape);
+        for (long i = 0; i < M; i++)
+            if (t[i] < -1 || t[i] >= V)
+                throw py::value_error("lm_loss: targets has " + std::to_string(t[i]) +
+                                      ", expected -1 or 0 <= target < V=" + std::to_string(V));
+        T *to_hidden = nullptr, *to_weight = nullptr;
+        if (!dhidden.is_none()) {
+            const auto array = py::cast<py::array>(dhidden);
+            to_hidden = Argument{op, "dhidden", array}.output<T>(shape_of(hidden));
+        }
+        if (!dweight.is_none()) {
+            const auto array = py::cast<py::array>(dweight);
+            to_weight = Argument{op, "dweight", array}.output<T>({V, C});
+        }
+        compute([&] { loss = chosen<T>().lm_loss(H, W, t, M, C, V, to_hidden, to_weight); });
+    });
+    return loss;
 }
 
 // --------------------------------------------------------------------------------------------- attention
@@ -396,8 +438,10 @@ PYBIND11_MODULE(_kernels, m) {
           arg("dweight"), arg("dbias"));
     m.def("gelu_forward", gelu_forward, arg("x"), arg("out"));
     m.def("gelu_backward", gelu_backward, arg("dout"), arg("x"), arg("dx"));
-    m.def("linear_forward", linear_forward, arg("x"), arg("weight"), py::arg("bias"), arg("out"));
+    m.def("linear_forward", linear_forward, arg("x"), arg("weight"), py::arg("bias"), arg("out"),
+          py::arg("activated") = py::none());
     m.def("linear_backward", linear_backward, arg("dout"), arg("x"), arg("weight"), py::arg("dx"), py::arg("dweight"));
+    m.def("lm_loss", lm_loss, arg("hidden"), arg("weight"), arg("targets"), py::arg("dhidden"), py::arg("dweight"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
           arg("out"), arg("lse"));
     m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("lse"), py::arg("n_head"),

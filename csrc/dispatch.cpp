@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 // Vectors wider than the baseline's change how they would be passed between functions; here, they never are.
 #pragma GCC diagnostic ignored "-Wpsabi"

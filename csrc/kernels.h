@@ -14,11 +14,22 @@ namespace fastgpt {
 template <class T> struct Rows {
     static constexpr int max_rank = 8;
     T* data = nullptr;
-    long count = 1;
-    int rank = 0; // of the leading dimensions
+    long count = 1, first = 0; // row 0 is the tensor's row `first`
+    int rank = 0;              // of the leading dimensions
     long size[max_rank], stride[max_rank];
 
+    static Rows contiguous(T* data, long count, long width) {
+        Rows rows;
+        rows.data = data, rows.count = rows.size[0] = count, rows.rank = 1, rows.stride[0] = width;
+        return rows;
+    }
+    Rows from(long row) const {
+        Rows rows = *this;
+        rows.first += row, rows.count -= row;
+        return rows;
+    }
     FASTGPT_INLINE T* operator[](long i) const {
+        i += first;
         if (rank == 1) return data + i * stride[0];
         T* p = data;
         for (int d = rank - 1; d >= 0; d--) p += i % size[d] * stride[d], i /= size[d];
@@ -31,6 +42,19 @@ template <class T> struct Sequence {
     T* data;
     long batch, time; // strides
     FASTGPT_INLINE T* at(long b, long t) const { return data + b * batch + t * time; }
+};
+
+// C = A B, or C += A B; then + bias, then activated = gelu(C).
+template <class T> struct Product {
+    long M, N, K;
+    Rows<const T> A; // (M, K): element (m, k) is A[m][k], or A[k][m] where transposed
+    bool A_transposed;
+    Rows<const T> B; // (K, N), likewise
+    bool B_transposed;
+    T* C;                   // (M, N), contiguous
+    bool add = false;       // to what C holds
+    const T* bias = nullptr; // (N), or null
+    T* activated = nullptr; // like C, or C itself: then only gelu(C) is kept; or null
 };
 
 struct AttentionShape {
@@ -49,8 +73,9 @@ template <class T> struct KernelsFor {
                                 const T* rstd, long C, T* dx, T* dweight, T* dbias);
     void (*gelu_forward)(const Rows<const T>& x, long C, T* y);
     void (*gelu_backward)(const Rows<const T>& dy, const Rows<const T>& x, long C, T* dx);
-    void (*matmul)(long M, long N, long K, const Rows<const T>& A, bool A_transposed, const Rows<const T>& B,
-                   bool B_transposed, const T* bias, T* C);
+    void (*matmul)(const Product<T>& product);
+    double (*lm_loss)(const Rows<const T>& hidden, const Rows<const T>& weight, const int64_t* targets, long M, long C,
+                      long V, T* dhidden, T* dweight);
     void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse);
     void (*attention_backward)(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
                                Sequence<const T> out, const T* lse, T* dqkv);

@@ -2,94 +2,121 @@
 //
 //   y = x W^T + bias        dx = dy W        dW = dy^T x        (dbias = sum of dy's rows)
 //
-// All three are C = A B + bias with A or B read across its lines, so one function serves them. Nothing is saved for the
-// backward but x and W.
+// All three are C = A B with A or B read across its lines, so one function serves them. Nothing is saved for the
+// backward but x and W, and, where gelu follows at once, y: its own backward (gelu.h) turns dgelu into dy first.
 //
-//            NC columns, in panels of NR = NV * VL
-//          +------+------+------+------+        C is cut into blocks of MC x NC; a block is a task, with one owner.
-//     KC   | B    |      |      |      |        For every KC terms of the sum, the owner copies its part of A and B
-//          +------+------+------+------+        into buffers that fit the second-level cache, B in panels of NR
-//   A      +------+------+------+------+        columns, each small enough for the first level. Then the
-//  [MC x   | C    |      |      |      |  MC    microkernel runs down each panel, MR rows at a time, and its sum
-//   KC]    |      |      |      |      |  rows  of KC terms is added to C.
-//          +------+------+------+------+
+//            NC columns, in panels of NR = NV * VL          C is cut into blocks of MC x NC; a block is a task, with one
+//          +------+------+------+------+                    owner. For every KC terms of the sum
+//     KC   | B    | NR   |      |      |                      the owner copies its rows of A into strips of MR rows,
+//          +------+------+------+------+                        which stay in the second-level cache, and
+//   A      +------+------+------+------+                      for each panel of NR columns
+//  MR [--> | C    | tile |      |      |  MC                    copies the panel of B, and
+//     [    |      |      |      |      |  rows                  runs down the strips: one tile of C each.
+//   KC     +------+------+------+------+
 //
-// Names and order of the loops are those of BLIS. The blocks depend on the shape alone, and each sum runs in one order,
-// so the bits do not depend on the number of threads.
+// In both copies the values lie in the order in which the microkernel meets them, so it reads memory in one piece, from
+// front to back. Bias and gelu are applied to a tile when its last terms arrive, while it is in the first-level cache.
+//
+// Names and order of the loops are those of BLIS. Each sum runs in one order, KC terms at a time, whatever the blocks
+// are, so the bits do not depend on the number of threads.
 
-// element (i, j) is lines[i][j], or lines[j][i] where transposed.
-template <class T> using Lines = Rows<const T>;
+constexpr long KC = 256, largest_MC = 512, largest_NC = 1536;
 
-constexpr long KC = 192, NC = 384;
+// Blocks: as large as caches allow, since a block's edges are what its copies cost, but two for each thread.
+template <class T> struct Blocks {
+    static constexpr long NR = NV * VL<T>, unit = MR > VL<T> ? MR : VL<T>;
+    long MC, NC, down, across;
 
-// MC rows a block: about 384, but less where there would be too few blocks for many cores.
-inline long block_rows(long M, long N) {
-    const long across = (N + NC - 1) / NC;
-    long down = (M + 383) / 384;
-    while (down * across < 16 && M / down > 96) down++;
-    return ((M + down - 1) / down + MR - 1) / MR * MR;
-}
-
-// Lines from `line` on, n of them, each from value `from` on and `width` long, one under the other; zero up to `all`.
-template <class T> FASTGPT_INLINE void copy_lines(const Lines<T>& lines, long line, long n, long all, long from,
-                                                  long width, T* to, long stride) {
-    for (long i = 0; i < all; i++, to += stride) {
-        if (i < n) {
-            const T* source = lines[line + i] + from;
-            for (long j = 0; j < width; j++) to[j] = source[j];
-        } else
-            for (long j = 0; j < width; j++) to[j] = 0;
+    Blocks(long M, long N, int workers) {
+        const auto cut = [](long size, long most, long unit) {
+            const long parts = (size + most - 1) / most;
+            return parts ? ((size + parts - 1) / parts + unit - 1) / unit * unit : unit;
+        };
+        MC = cut(M, largest_MC, unit), NC = cut(N, largest_NC, NR);
+        for (;; MC >= NC ? MC = cut(M, MC / 2, unit) : NC = cut(N, NC / 2, NR)) {
+            down = (M + MC - 1) / MC, across = (N + NC - 1) / NC;
+            if (down * across >= 2 * workers || (MC < 2 * 64 && NC < 2 * 64)) break;
+        }
     }
-}
+};
 
-// One panel of B: to[k * NR + j] = element (k0 + k, n0 + j), k < kc, j < width. What lies behind `width` stays unset.
+// One panel of B: to[k * NR + j] = element (k0 + k, n0 + j), k < kc, j < width; zero up to a whole register.
 template <class T>
-FASTGPT_NOINLINE void pack_panel(const Lines<T>& B, bool transposed, long k0, long kc, long n0, long width, T* to) {
+FASTGPT_NOINLINE void pack_panel(const Product<T>& p, long k0, long kc, long n0, long width, T* to) {
     constexpr int NR = NV * VL<T>;
-    if (!transposed) return copy_lines(B, k0, kc, kc, n0, width, to, NR);
-    for (long j = 0; j < width; j += VL<T>) { // lines of B are columns of the panel
-        const int n = width - j < VL<T> ? int(width - j) : VL<T>;
-        if (B.rank <= 1) {
-            transpose<T>(n, int(kc), B[n0 + j] + k0, B.rank ? B.stride[0] : 0, to + j, NR, T(1), true);
-        } else
-            for (int i = 0; i < n; i++)
-                for (long k = 0; k < kc; k++) to[k * NR + j + i] = B[n0 + j + i][k0 + k];
+    if (p.B_transposed) // lines of B are columns of the panel
+        return for_columns<T>(
+            width, kc, [&](long j) FASTGPT_LAMBDA { return p.B[n0 + j] + k0; },
+            [&](long k, long j, vec<T> v) FASTGPT_LAMBDA { store(to + k * NR + j, v); });
+    for (long k = 0; k < kc; k++, to += NR) {
+        const T* from = p.B[k0 + k] + n0;
+        for_channels<T>(width, [&](long j, int n) FASTGPT_LAMBDA { store(to + j, load_first(from + j, n)); });
     }
 }
 
-// C (M, N), contiguous, = A (M, K) B (K, N) + bias (N, or null).
-template <class T> void matmul(long M, long N, long K, const Lines<T>& A, bool A_transposed, const Lines<T>& B,
-                               bool B_transposed, const T* bias, T* C) {
+// All strips of A for KC terms: to[strip * MR * KC + k * MR + i] = element (m0 + strip * MR + i, k0 + k); zero behind
+// the last row.
+template <class T> FASTGPT_NOINLINE void pack_strips(const Product<T>& p, long m0, long mc, long k0, long kc, T* to) {
+    constexpr int piece = MR < VL<T> ? MR : VL<T>; // of a register, in one strip
+    const auto put = [&](long k, long m, vec<T> v) FASTGPT_LAMBDA {
+        T values[VL<T>];
+        store(values, v);
+#pragma GCC unroll 4
+        for (int i = 0; i < VL<T>; i += piece)
+            __builtin_memcpy(to + (m + i) / MR * MR * KC + k * MR + (m + i) % MR, values + i, piece * sizeof(T));
+    };
+    if (!p.A_transposed)
+        return for_columns<T>(mc, kc, [&](long m) FASTGPT_LAMBDA { return p.A[m0 + m] + k0; }, put);
+    constexpr long some = 64; // values of a line at a time
+    for (long m = 0; m < mc; m += some)
+        for (long k = 0; k < kc; k++) {
+            const T* from = p.A[k0 + k] + m0 + m;
+            for_channels<T>(mc - m < some ? mc - m : some,
+                            [&](long i, int n) FASTGPT_LAMBDA { put(k, m + i, load_first(from + i, n)); });
+        }
+}
+
+// The last step of a tile at C[at]: bias, and gelu where it follows.
+template <class T> FASTGPT_INLINE void finish_tile(const Product<T>& p, long at, long n0, long rows, long width) {
+    for (long i = 0; i < rows; i++, at += p.N)
+        for_channels<T>(width, [&](long j, int n) FASTGPT_LAMBDA {
+            vec<T> y = load_first(p.C + at + j, n);
+            if (p.bias) y += load_first(p.bias + n0 + j, n);
+            if (p.activated != p.C) store_first(p.C + at + j, y, n);
+            if (p.activated) store_first(p.activated + at + j, y * Gate<T>(y).open, n);
+        });
+}
+
+template <class T> void matmul(const Product<T>& p) {
     constexpr int NR = NV * VL<T>;
-    static_assert(NC % NR == 0);
-    const long MC = block_rows(M, N), down = (M + MC - 1) / MC, across = (N + NC - 1) / NC;
     const int workers = num_threads();
-    Scratch<T> scratch(workers, MC * KC + KC * NC + MR * NR);
-    parallel_tasks(down * across, workers, [&](int64_t task, int worker) {
-        const long m0 = task / across * MC, n0 = task % across * NC;
-        const long mc = M - m0 < MC ? M - m0 : MC, nc = N - n0 < NC ? N - n0 : NC, strips = (mc + MR - 1) / MR * MR;
-        T *a = scratch.part(worker), *b = a + MC * KC, *edge = b + KC * NC;
-        for (long i = 0; i < mc; i++)
-            for (long j = 0; j < nc; j++) C[(m0 + i) * N + n0 + j] = bias ? bias[n0 + j] : T(0);
-        for (long k0 = 0; k0 < K; k0 += KC) {
-            const long kc = K - k0 < KC ? K - k0 : KC;
-            const long a_row = A_transposed ? 1 : KC, a_col = A_transposed ? MC : 1;
-            if (A_transposed) {
-                copy_lines(A, k0, kc, kc, m0, mc, a, MC);
-                for (long k = 0; k < kc; k++)
-                    for (long i = mc; i < strips; i++) a[k * MC + i] = 0;
-            } else copy_lines(A, m0, mc, strips, k0, kc, a, KC);
-            for (long p = 0; p < nc; p += NR)
-                pack_panel(B, B_transposed, k0, kc, n0 + p, nc - p < NR ? nc - p : NR, b + p * KC);
-            for (long p = 0; p < nc; p += NR) {
-                const T* panel = b + p * KC;
-                T* c = C + m0 * N + n0 + p;
-                const long whole = nc - p < NR ? 0 : mc / MR * MR; // rows of whole tiles
-                panel_product<T, true>(int(whole), NV, kc, a, a_row, a_col, panel, NR, c, N);
-                for (long m = whole; m < mc; m += MR) { // tiles that stick out: by way of a buffer
-                    panel_product<T, false>(MR, NV, kc, a + m * a_row, a_row, a_col, panel, NR, edge, NR);
-                    for (long i = 0; i < MR && m + i < mc; i++)
-                        for (long j = 0; j < NR && p + j < nc; j++) c[(m + i) * N + j] += edge[i * NR + j];
+    const Blocks<T> blocks(p.M, p.N, workers);
+    Scratch<T> scratch(workers, blocks.MC * KC + KC * NR + MR * NR);
+    parallel_tasks(blocks.down * blocks.across, workers, [&](int64_t task, int worker) {
+        const long m0 = task / blocks.across * blocks.MC, n0 = task % blocks.across * blocks.NC;
+        const long m_end = p.M - m0 < blocks.MC ? p.M : m0 + blocks.MC;
+        const long n_end = p.N - n0 < blocks.NC ? p.N : n0 + blocks.NC;
+        T *strips = scratch.part(worker), *panel = strips + blocks.MC * KC, *edge = panel + KC * NR;
+        for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += KC) {
+            const long kc = p.K - k0 < KC ? p.K - k0 : KC;
+            const bool first = k0 == 0 && !p.add, last = k0 + KC >= p.K;
+            pack_strips(p, m0, m_end - m0, k0, kc, strips);
+            for (long n = n0; n < n_end; n += NR) {
+                const long width = n_end - n < NR ? n_end - n : NR;
+                const int vectors = int((width + VL<T> - 1) / VL<T>);
+                pack_panel(p, k0, kc, n, width, panel);
+                for (long m = m0; m < m_end; m += MR) {
+                    const T* strip = strips + (m - m0) * KC;
+                    const long rows = m_end - m < MR ? m_end - m : MR;
+                    T* c = p.C + m * p.N + n;
+                    if (rows < MR || width % VL<T>) { // a tile that sticks out: by way of a buffer
+                        panel_product<T, false>(MR, vectors, kc, strip, 1, MR, panel, NR, edge, NR);
+                        for (long i = 0; i < rows; i++)
+                            for (long j = 0; j < width; j++)
+                                c[i * p.N + j] = edge[i * NR + j] + (first ? T(0) : c[i * p.N + j]);
+                    } else if (first) panel_product<T, false>(MR, vectors, kc, strip, 1, MR, panel, NR, c, p.N);
+                    else panel_product<T, true>(MR, vectors, kc, strip, 1, MR, panel, NR, c, p.N);
+                    if (last && (p.bias || p.activated)) finish_tile(p, m * p.N + n, n, rows, width);
                 }
             }
         }

@@ -93,69 +93,83 @@ FASTGPT_INLINE vec<double> exp2(vec<double> x) {
     return x;
 }
 
-// lane i of the result is lane pick[i] of a, or lane pick[i] - VL of b. `pick` is known when compiled.
-template <class T> FASTGPT_INLINE vec<T> shuffle(vec<T> a, vec<T> b, mask<T> pick) {
+// Lane i of the result is lane Pick::from(i) of a, or lane Pick::from(i) - VL of b. The choice is part of the type:
+// only from constants does GCC make one instruction of it.
+template <class Pick, class T, int... I>
+FASTGPT_INLINE vec<T> shuffle(vec<T> a, vec<T> b, std::integer_sequence<int, I...>) {
 #ifdef __clang__
-    vec<T> out;
-    for (int i = 0; i < VL<T>; i++) out[i] = pick[i] < VL<T> ? a[pick[i]] : b[pick[i] - VL<T>];
-    return out;
+    return __builtin_shufflevector(a, b, Pick::from(I)...);
 #else
-    return __builtin_shuffle(a, b, pick);
+    return __builtin_shuffle(a, b, mask<T>{Pick::from(I)...});
 #endif
 }
 
+template <class Pick, class T> FASTGPT_INLINE vec<T> shuffle(vec<T> a, vec<T> b) {
+    return shuffle<Pick, T>(a, b, std::make_integer_sequence<int, VL<T>>{});
+}
+
 // Sum of all lanes, always in the same order: halves onto each other.
-template <class T> FASTGPT_INLINE T sum(vec<T> v) {
-#pragma GCC unroll 8
-    for (int half = VL<T> / 2; half > 0; half /= 2) {
-        mask<T> pick;
-        for (int i = 0; i < VL<T>; i++) pick[i] = i ^ half;
-        v += shuffle<T>(v, v, pick);
-    }
-    return v[0];
+template <int HALF> struct OtherHalf {
+    static constexpr int from(int i) { return i ^ HALF; }
+};
+template <class T, int HALF = VL<T> / 2> FASTGPT_INLINE T sum(vec<T> v) {
+    v += shuffle<OtherHalf<HALF>, T>(v, v);
+    if constexpr (HALF > 1) return sum<T, HALF / 2>(v);
+    else return v[0];
 }
 
 // A VL x VL block of registers becomes its transpose: in step s, the lanes with bit s swap places with the rows with
 // bit s. log2(VL) steps of VL two-register shuffles.
-template <class T> FASTGPT_INLINE vec<T> interleave(vec<T> a, vec<T> b, int s, bool upper) {
-    mask<T> pick;
-    for (int i = 0; i < VL<T>; i++) {
-        const bool stays = bool(i & s) == upper;
-        pick[i] = upper ? (stays ? VL<T> + i : i + s) : (stays ? i : VL<T> + i - s);
-    }
-    return shuffle<T>(a, b, pick);
+template <int N, int S> struct FirstRow {
+    static constexpr int from(int i) { return i & S ? N + i - S : i; }
+};
+template <int N, int S> struct SecondRow {
+    static constexpr int from(int i) { return i & S ? N + i : i + S; }
+};
+template <class T, int S = 1> FASTGPT_INLINE void transpose_block(vec<T> (&v)[VL<T>]) {
+#pragma GCC unroll 16
+    for (int row = 0; row < VL<T>; row++)
+        if (!(row & S)) {
+            const vec<T> a = v[row], b = v[row + S];
+            v[row] = shuffle<FirstRow<VL<T>, S>, T>(a, b);
+            v[row + S] = shuffle<SecondRow<VL<T>, S>, T>(a, b);
+        }
+    if constexpr (2 * S < VL<T>) transpose_block<T, 2 * S>(v);
 }
 
-template <class T> FASTGPT_INLINE void transpose_block(vec<T> (&v)[VL<T>]) {
-#pragma GCC unroll 8
-    for (int s = 1; s < VL<T>; s *= 2)
+// A matrix from rows to columns, block by block: put(c, r, v) gets the values of column c in rows r .. r + VL - 1 as
+// one register, zero behind the last row. line(r) is where row r begins.
+template <class T, class Line, class Put>
+FASTGPT_INLINE void for_columns(long rows, long cols, const Line& line, const Put& put) {
+    for (long r = 0; r < rows; r += VL<T>) {
+        const T* from[VL<T>];
+        for (long i = 0; i < VL<T>; i++) from[i] = r + i < rows ? line(r + i) : nullptr;
+        vec<T> v[VL<T>];
+        long c = 0;
+        if (r + VL<T> <= rows)
+            for (; c + VL<T> <= cols; c += VL<T>) {
 #pragma GCC unroll 16
-        for (int row = 0; row < VL<T>; row++)
-            if (!(row & s)) {
-                vec<T> a = v[row], b = v[row + s];
-                v[row] = interleave<T>(a, b, s, false);
-                v[row + s] = interleave<T>(a, b, s, true);
+                for (int i = 0; i < VL<T>; i++) v[i] = load(from[i] + c);
+                transpose_block<T>(v);
+#pragma GCC unroll 16
+                for (int i = 0; i < VL<T>; i++) put(c + i, r, v[i]);
             }
+        for (; c < cols; c += VL<T>) {
+            const int width = int(cols - c < VL<T> ? cols - c : VL<T>);
+            for (int i = 0; i < VL<T>; i++) v[i] = from[i] ? load_first(from[i] + c, width) : vec<T>{};
+            transpose_block<T>(v);
+            for (int i = 0; i < width; i++) put(c + i, r, v[i]);
+        }
+    }
 }
 
 // to[c][r] = from[r][c] * scale for all r < rows, c < cols; lines are from_line and to_line values apart.
 // With `pad`, r runs on to the next multiple of VL and is zero there.
 template <class T> FASTGPT_NOINLINE void transpose(int rows, int cols, const T* from, long from_line, T* to,
                                                    long to_line, T scale, bool pad) {
-    for (int r = 0; r < rows; r += VL<T>)
-        for (int c = 0; c < cols; c += VL<T>) {
-            vec<T> v[VL<T>];
-            const int height = rows - r < VL<T> ? rows - r : VL<T>, width = cols - c < VL<T> ? cols - c : VL<T>;
-            if (height == VL<T> && width == VL<T>) {
-#pragma GCC unroll 16
-                for (int i = 0; i < VL<T>; i++) v[i] = load(from + (r + i) * from_line + c) * broadcast(scale);
-                transpose_block<T>(v);
-#pragma GCC unroll 16
-                for (int i = 0; i < VL<T>; i++) store(to + (c + i) * to_line + r, v[i]);
-                continue;
-            }
-            for (int i = 0; i < width; i++)
-                for (int j = 0; j < (pad ? VL<T> : height); j++)
-                    to[(c + i) * to_line + r + j] = j < height ? from[(r + j) * from_line + c + i] * scale : T(0);
-        }
+    for_columns<T>(
+        rows, cols, [&](long r) FASTGPT_LAMBDA { return from + r * from_line; },
+        [&](long c, long r, vec<T> v) FASTGPT_LAMBDA {
+            store_first(to + c * to_line + r, v * broadcast(scale), pad ? VL<T> : int(rows - r));
+        });
 }

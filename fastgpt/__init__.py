@@ -4,7 +4,7 @@
     model = gpt.GPT(gpt.GPTConfig(), ops=fastgpt)
 
 layer_norm, gelu, linear, attention and lm_loss have the signatures of gpt.py's functions and the same values and
-gradients. The environment variable FASTGPT_ISA forces an instruction set (see `fastgpt info`).
+gradients; linear_gelu is gelu(linear(...)) in one pass. The environment variable FASTGPT_ISA forces an instruction set (see `fastgpt info`).
 """
 
 import ctypes
@@ -21,9 +21,9 @@ except ImportError as error:
         "`pip install -e .` builds them in place; after a plain `pip install .`, start Python in another folder"
     ) from error
 
-from .ops import attention, gelu, layer_norm, linear, lm_loss
+from .ops import attention, gelu, layer_norm, linear, linear_gelu, lm_loss
 
-__all__ = ["attention", "gelu", "layer_norm", "linear", "lm_loss"]
+__all__ = ["attention", "gelu", "layer_norm", "linear", "linear_gelu", "lm_loss"]
 
 
 def _use_torchs_threads():

@@ -27,13 +27,14 @@ class _Kernel:
     """
 
     def __init__(self, forward, backward, forward_fake, backward_fake, setup_context, gradients):
+        """`backward` is None where `gradients` is made of other kernels' backwards."""
         name = forward.__name__.lstrip("_").removesuffix("_forward")
+        self.name, self.forward, self.backward = name, forward, backward
         self.op = self._define(name, forward, forward_fake)
-        self.backward_op = self._define(f"{name}_backward", backward, backward_fake)
-        self.backward = backward
         torch.library.register_autograd(f"fastgpt::{name}", gradients, setup_context=setup_context, lib=_library)
-        torch.library.register_autograd(f"fastgpt::{name}_backward", self._refuse, lib=_library)
-        self.name, self.forward = name, forward
+        if backward:
+            self.backward_op = self._define(f"{name}_backward", backward, backward_fake)
+            torch.library.register_autograd(f"fastgpt::{name}_backward", self._refuse, lib=_library)
 
         def run(ctx, *args):  # a setup_context of its own would have the arguments bound to names at every call: 20 us
             output = forward(*args)
@@ -86,7 +87,7 @@ def _like(x):
 def _check(op, **tensors):
     """What C++ can't tell from an array: that these are tensors, on the CPU, in a dtype that NumPy knows."""
     for name, x in tensors.items():
-        if x is None and name == "bias" and op == "linear":
+        if x is None and name == "bias" and op.startswith("linear"):
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
@@ -285,19 +286,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices.
     """
     try:
-        few = x.dtype in _DTYPES and x.numel() < FEW_ROWS * x.shape[-1] and (bias is None or bias.dim() == 1)
-        if few and (bias is None or bias.shape == weight.shape[:1]):
+        if _few(x, weight, bias):
             return F.linear(x, weight, bias)
         return _linear(dict(x=x, weight=weight, bias=bias))
-    except (AttributeError, IndexError, RuntimeError):  # the same, in our words
-        _check("linear", x=x, weight=weight, bias=bias)
-        _check_matrix("linear", "weight", weight, "N", x)
-        if bias is not None:
-            _expect("linear", "bias", bias, x.dtype, weight.shape[:1])
+    except (AttributeError, IndexError, RuntimeError):
+        _check_linear("linear", x, weight, bias)
         raise
 
 
 FEW_ROWS = 32
+
+
+def _few(x, weight, bias):
+    few = x.dtype in _DTYPES and x.numel() < FEW_ROWS * x.shape[-1] and (bias is None or bias.dim() == 1)
+    return few and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _check_linear(op, x, weight, bias):
+    """What torch or NumPy refused, in our words."""
+    _check(op, x=x, weight=weight, bias=bias)
+    _check_matrix(op, "weight", weight, "N", x)
+    if bias is not None:
+        _expect(op, "bias", bias, x.dtype, weight.shape[:1])
 
 
 def _linear_fake(x, weight, bias):
@@ -326,8 +336,12 @@ def _linear_setup(ctx, inputs, output):
 
 
 def _linear_gradients(ctx, dout):
-    for_x, for_weight, for_bias = ctx.needs_input_grad
-    dx, dweight = _linear.differentiate(dout, *ctx.saved_tensors, for_x, for_weight)
+    return _linear_grads(dout, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def _linear_grads(dout, x, weight, needed):
+    for_x, for_weight, for_bias, *_ = needed
+    dx, dweight = _linear.differentiate(dout, x, weight, for_x, for_weight)
     dbias = dout.reshape(-1, dout.shape[-1]).sum(0) if for_bias else None
     return dx if for_x else None, dweight if for_weight else None, dbias
 
@@ -336,23 +350,116 @@ _linear = _Kernel(
     _linear_forward, _linear_backward, _linear_fake, _linear_backward_fake, _linear_setup, _linear_gradients
 )
 
+
+# ------------------------------------------------------------------------------------------------ linear_gelu
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """gelu(linear(x, weight, bias)) in one pass: (..., K), (N, K), (N,) -> (..., N).
+
+    gelu is applied to each tile of the product while it is in the cache. Saves x, weight and linear's result; without
+    gradients, not even that exists. dtypes, strides and errors are linear's.
+    """
+    try:
+        if _few(x, weight, bias):
+            return gelu(F.linear(x, weight, bias))
+        keep = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        return _linear_gelu(dict(x=x, weight=weight, bias=bias), keep)[0]
+    except (AttributeError, IndexError, RuntimeError):
+        _check_linear("linear_gelu", x, weight, bias)
+        raise
+
+
+def _linear_gelu_fake(x, weight, bias, keep):
+    out = _linear_fake(x, weight, bias)
+    return out, torch.empty_like(out) if keep else x.new_empty(0)
+
+
+def _linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    out, inner = _linear_gelu_fake(x, weight, bias, keep)
+    bias = None if bias is None else _array(bias)
+    _kernels.linear_forward(_array(x), _array(weight), bias, (inner if keep else out).numpy(), out.numpy())
+    return out, inner
+
+
+def _linear_gelu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_gelu_gradients(ctx, dout, _):
+    x, weight, inner = ctx.saved_tensors
+    dinner = _gelu.differentiate(dout, inner)
+    return *_linear_grads(dinner, x, weight, ctx.needs_input_grad), None
+
+
+_linear_gelu = _Kernel(
+    _linear_gelu_forward, None, _linear_gelu_fake, None, _linear_gelu_setup, _linear_gelu_gradients
+)
+
 # ---------------------------------------------------------------------------------------------------- lm_loss
 
 
 def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of softmax(hidden @ weight.T) over the targets that aren't -1.
 
-    (B, T, C), (V, C), int64 (B, T) -> (). So far this is linear and torch's F.cross_entropy: the logits exist whole.
+    (B, T, C), (V, C), int64 (B, T) -> (), float32 or float64; of hidden and weight only the last dimension must be
+    contiguous. The logits never exist whole: of V = 50257, at most 56 MiB at a time. With gradients wanted, the forward
+    makes them too, while it has the logits (as Liger-Kernel does), and the backward only multiplies: so a forward that
+    no backward follows belongs under torch.no_grad(). nan if no target counts.
+    Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or a target that is no token.
     """
-    _check("lm_loss", hidden=hidden, weight=weight)
-    _check_matrix("lm_loss", "weight", weight, "V", hidden)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"lm_loss: targets is {type(targets).__name__}, expected a tensor")
-    _expect("lm_loss", "targets", targets, torch.int64, hidden.shape[:-1])
-    V = weight.shape[0]
-    if not torch.compiler.is_compiling():
-        bad = targets[(targets < -1) | (targets >= V)]
-        if bad.numel():
-            raise ValueError(f"lm_loss: targets has {bad[0].item()}, expected -1 or 0 <= target < V={V}")
-    logits = linear(hidden, weight).reshape(-1, V)
-    return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1)
+    try:
+        wanted = torch.is_grad_enabled()
+        for_hidden, for_weight = wanted and hidden.requires_grad, wanted and weight.requires_grad
+        if targets.dtype is not torch.int64 or targets.shape != hidden.shape[:-1]:
+            raise RuntimeError
+        return _lm_loss(dict(hidden=hidden, weight=weight), targets.contiguous(), for_hidden, for_weight)[0]
+    except (AttributeError, RuntimeError):
+        _check("lm_loss", hidden=hidden, weight=weight)
+        _check_matrix("lm_loss", "weight", weight, "V", hidden)
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"lm_loss: targets is {type(targets).__name__}, expected a tensor") from None
+        _expect("lm_loss", "targets", targets, torch.int64, hidden.shape[:-1])
+        raise
+
+
+def _lm_loss_fake(hidden, weight, targets, for_hidden, for_weight):
+    grads = (_like(x) if wanted else x.new_empty(0) for x, wanted in ((hidden, for_hidden), (weight, for_weight)))
+    return hidden.new_empty(()), *grads
+
+
+def _lm_loss_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, dhidden, dweight = _lm_loss_fake(hidden, weight, targets, for_hidden, for_weight)
+    grads = dhidden.numpy() if for_hidden else None, dweight.numpy() if for_weight else None
+    loss.fill_(_kernels.lm_loss(_array(hidden), _array(weight), _array(targets), *grads))
+    return loss, dhidden, dweight
+
+
+def _lm_loss_backward_fake(dloss, dhidden, dweight):
+    return _like(dhidden), _like(dweight)
+
+
+def _lm_loss_backward(dloss: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    return dhidden * dloss, dweight * dloss
+
+
+def _lm_loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _lm_loss_gradients(ctx, dloss, *_):
+    grads = ctx.saved_tensors
+    if torch.is_grad_enabled() or _traced(dloss) or dloss.item() != 1.0:
+        grads = _lm_loss.differentiate(dloss, *grads)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)), None, None, None
+
+
+_lm_loss = _Kernel(
+    _lm_loss_forward, _lm_loss_backward, _lm_loss_fake, _lm_loss_backward_fake, _lm_loss_setup, _lm_loss_gradients
+)
