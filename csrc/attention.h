@@ -23,22 +23,22 @@
 //          +-----------------------------------+                                   . never touched
 //
 // Queries lie across SIMD lanes (as in gemma.cpp), so the running maximum and sum of a softmax go down the columns,
-// with no step across lanes. Q and dO are transposed once per block of queries, O and dQ once on the way out; the other
-// products take their operands as they lie. Each tile of K and V is first copied out of qkv: there, rows are 3C values
-// apart, and that stride falls into few sets of the first-level cache.
+// with no step across lanes. Q and dO are transposed once per block of queries, O and dQ once on the way out. K and V
+// are copied out of qkv into strips (microkernel.h) once per head: in qkv, rows are 3C values apart, and that stride
+// falls into few sets of the first-level cache.
 //
-// Forward: a task is a block of NQ queries of one head. Backward: a task is a range of keys of one head and owns its dk
-// and dv; its part of dq is summed over the ranges afterwards, in order. Both cuts depend on the shape alone, so the
-// bits do not depend on the number of threads.
+// Forward: a task is a block of NQ queries of one head, and a worker takes the blocks of a head one after the other, to
+// use its copies again. Backward: a task is a range of keys of one head and owns its dk and dv; its part of dq is summed
+// over the ranges afterwards, in order. The order of each sum depends on the shape alone, so the bits do not depend on
+// the number of threads.
 
-constexpr int NQ = 96, NK = 64; // NQ is a multiple of NV * VL for every instruction set, NK of MR
-static_assert(NQ % (NV * VL<float>) == 0 && NK % MR == 0);
+constexpr int NQ = 96, NK = 64; // NQ is a multiple of NV * VL for every instruction set, NK of MR and VL
+static_assert(NQ % (NV * VL<float>) == 0 && NK % MR == 0 && NK % VL<float> == 0);
+
+template <class T> FASTGPT_INLINE long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 // Head size, as rows for the microkernel's MR and as lanes: both are powers of 2.
-template <class T> FASTGPT_INLINE int padded(long D) {
-    constexpr int unit = MR > VL<T> ? MR : VL<T>;
-    return int(D + unit - 1) / unit * unit;
-}
+template <class T> FASTGPT_INLINE int padded(long D) { return int(round_up<T>(D, MR > VL<T> ? MR : VL<T>)); }
 
 // What queries q0 .. q0 + n - 1 see of keys k0 .. k0 + keys - 1. Columns are queries, in panels of registers.
 template <class T> struct Tile {
@@ -55,14 +55,23 @@ template <class T> struct Tile {
         n = n < 0 ? 0 : (n + MR - 1) / MR * MR;
         return n < rows ? int(n) : rows;
     }
+    // step(row, rows, c): rows of keys from `row` on, which the registers from column c on see. One step for a whole
+    // tile; on the diagonal, one for each register, down the stairs. Columns c .. end - 1.
+    template <class Step> FASTGPT_INLINE void stairs(int c, int end, const Step& step) const {
+        for (int row = 0; c < end; c += VL<T>) {
+            const int below = visible(c + VL<T>);
+            if (below > row) step(row, below - row, c);
+            row = below;
+        }
+    }
     // Do the queries of the register at column c see no key outside this tile?
     FASTGPT_INLINE bool has_all_keys_of(int c) const { return k0 == 0 && q0 + c + VL<T> <= NK; }
     FASTGPT_INLINE bool on_diagonal() const { return k0 + rows > q0 + 1; }
     // S = -inf where the key comes after the query.
-    FASTGPT_NOINLINE void mask(T* S) const {
+    FASTGPT_NOINLINE void mask(T* S, long line) const {
         for (long j = q0 + 1 > k0 ? q0 + 1 - k0 : 0; j < rows; j++) {
             const long end = k0 + j - q0 < lanes ? k0 + j - q0 : lanes;
-            for (long i = 0; i < end; i++) S[j * NQ + i] = -__builtin_inf();
+            for (long i = 0; i < end; i++) S[j * line + i] = -__builtin_inf();
         }
     }
 };
@@ -77,105 +86,149 @@ template <class T> FASTGPT_NOINLINE void pack(const T* from, long stride, int ro
     }
 }
 
+// Rows of one head are D values each, far apart, so the processor can't guess the next. Ask for rows
+// n * part / parts to n * (part + 1) / parts of n.
+template <class T> FASTGPT_INLINE void prefetch_rows(const T* p, long stride, long n, long part, long parts, long D) {
+    for (long i = n * part / parts; i < n * (part + 1) / parts; i++)
+        for (long d = 0; d < D; d += 64 / long(sizeof(T))) __builtin_prefetch(p + i * stride + d, 0, 2);
+}
+
 template <class T> FASTGPT_INLINE T base2_scale(long D) { return T(1.4426950408889634 / __builtin_sqrt(double(D))); }
 
-// S -> P for one tile, column by column: new maximum, P = 2^(S - maximum), sum; O where the maximum has moved.
+// K and V of one head in strips, for a worker that takes several tasks of that head in a row.
+template <class T> struct HeadCopy {
+    T *K, *V; // strips of keys, term by term along D; strips of channels, term by term along the keys
+    long Tp, Dp;
+    long head = -1, keys = 0; // what is there
+
+    static long size(long T_, long Dp) { return 2 * round_up<T>(T_, NK) * Dp; }
+    HeadCopy(T* memory, long T_, long Dp) : K(memory), V(memory + round_up<T>(T_, NK) * Dp), Tp(round_up<T>(T_, NK)), Dp(Dp) {}
+
+    Left<T> K_from(long key) const { return Left<T>::strips(K + key * Dp, MR * Dp); }
+    Left<T> V_from(long key) const { return Left<T>::strips(V + key * MR, MR * Tp); }
+
+    // k and v: where row 0 is; rows are `time` values apart.
+    FASTGPT_NOINLINE void fill(long new_head, long n, const T* k, const T* v, long time, long D) {
+        if (head == new_head && keys >= n) return;
+        head = new_head, keys = n;
+        strips_from_rows<T>(n, D, [&](long j) FASTGPT_LAMBDA { return k + j * time; }, K, MR * Dp);
+        strips_from_terms<T>(D, n, [&](long j) FASTGPT_LAMBDA { return v + j * time; }, V, MR * Tp);
+        for (long d = 0; d < Dp; d += MR) // behind the last key: P is 0 there, and 0 times garbage may be NaN
+            for (long i = n * MR; i < round_up<T>(n, MR) * MR; i++) V[d * Tp + i] = 0;
+    }
+};
+
+// S -> P for one panel of a tile, column by column: new maximum, P = 2^(S - maximum), sum; O where the maximum moved.
 template <class T, bool DROPOUT>
-FASTGPT_NOINLINE void softmax_tile(const Tile<T>& tile, int Dp, T* S, const T* keep, T* OT, T* top, T* total) {
-    for (Panels p(tile.lanes / VL<T>); p.next();) {
-        const int rows = tile.visible((p.begin + p.vectors) * VL<T>);
-        for (int c = p.begin * VL<T>; c < (p.begin + p.vectors) * VL<T>; c += VL<T>) {
-            const vec<T> old = load(top + c);
-            vec<T> m[2] = {old, old};
-            for (int j = 0; j < rows; j += 2)
-                for (int i = 0; i < 2; i++) m[i] = max<T>(m[i], load(S + (j + i) * NQ + c));
-            const vec<T> now = max<T>(m[0], m[1]), shrink = exp2(old - now);
-            vec<T> s[2] = {load(total + c) * shrink, {}};
-            for (int j = 0; j < rows; j += 2)
-                for (int i = 0; i < 2; i++) {
-                    const vec<T> e = exp2(load(S + (j + i) * NQ + c) - now);
-                    s[i] += e;
-                    store(S + (j + i) * NQ + c, DROPOUT ? e * load(keep + (j + i) * NQ + c) : e);
-                }
-            store(top + c, now);
-            store(total + c, s[0] + s[1]);
-            if (any<T>(now != old))
-                for (int d = 0; d < Dp; d++) store(OT + d * NQ + c, load(OT + d * NQ + c) * shrink);
-        }
+FASTGPT_NOINLINE void softmax_panel(const Tile<T>& tile, int Dp, T* S, const T* keep, T* OT, T* top, T* total) {
+    constexpr int NR = NV * VL<T>;
+    for (int c = 0; c < tile.lanes; c += VL<T>) {
+        const int rows = tile.visible(c + VL<T>);
+        const vec<T> old = load(top + c);
+        vec<T> m[2] = {old, old};
+        for (int j = 0; j < rows; j += 2)
+            for (int i = 0; i < 2; i++) m[i] = max<T>(m[i], load(S + (j + i) * NR + c));
+        const vec<T> now = max<T>(m[0], m[1]), shrink = exp2(old - now);
+        vec<T> s[2] = {load(total + c) * shrink, {}};
+        for (int j = 0; j < rows; j += 2)
+            for (int i = 0; i < 2; i++) {
+                const vec<T> e = exp2(load(S + (j + i) * NR + c) - now);
+                s[i] += e;
+                store(S + (j + i) * NR + c, DROPOUT ? e * load(keep + (j + i) * NR + c) : e);
+            }
+        store(top + c, now);
+        store(total + c, s[0] + s[1]);
+        if (any<T>(now != old))
+            for (int d = 0; d < Dp; d++) store(OT + d * NR + c, load(OT + d * NR + c) * shrink);
     }
 }
 
 template <class T, bool DROPOUT>
 void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse) {
+    constexpr int NR = NV * VL<T>; // queries in a panel; blocks of queries lie panel by panel
     const long D = shape.D, C = shape.H * D, blocks = (shape.T + NQ - 1) / NQ;
     const int Dp = padded<T>(D), workers = num_threads();
-    const long tile_size = NQ * NK;
-    Scratch<T> scratch(workers, (DROPOUT ? 2 : 1) * tile_size + 2 * Dp * NQ + 2 * NK * Dp + 2 * NQ);
+    const long copy_size = HeadCopy<T>::size(shape.T, Dp);
+    Scratch<T> scratch(workers, (DROPOUT ? 2 : 1) * NK * NR + 2 * Dp * NQ + 2 * NQ + copy_size);
+    Scratch<HeadCopy<T>> copies(workers, 1);
+    for (int w = 0; w < workers; w++) new (copies.part(w)) HeadCopy<T>(scratch.part(w), shape.T, Dp);
     parallel_tasks(shape.B * shape.H * blocks, workers, [&](int64_t task, int worker) {
         // the last blocks of queries see the most keys: begin with them, so that no long task is left for the end
-        const long b = task % (shape.B * shape.H) / shape.H, h = task % shape.H;
-        const long q0 = (blocks - 1 - task / (shape.B * shape.H)) * NQ;
+        const long head = task / blocks, b = head / shape.H, h = head % shape.H;
+        const long q0 = (blocks - 1 - task % blocks) * NQ;
         const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
-        T* S = scratch.part(worker);
-        T *QT = S + tile_size, *OT = QT + Dp * NQ, *K = OT + Dp * NQ, *V = K + NK * Dp;
-        T *top = V + NK * Dp, *total = top + NQ, *keep = total + NQ;
-        transpose<T>(n, int(D), qkv.at(b, q0) + h * D, qkv.time, QT, NQ, base2_scale<T>(D), true);
+        HeadCopy<T>& kv = *copies.part(worker);
+        kv.fill(head, q0 + n, qkv.at(b, 0) + C + h * D, qkv.at(b, 0) + 2 * C + h * D, qkv.time, D);
+        T* QT = scratch.part(worker) + copy_size;
+        T *OT = QT + Dp * NQ, *S = OT + Dp * NQ, *top = S + NK * NR, *total = top + NQ, *keep = total + NQ;
+        for (int p = 0; p < n; p += NR)
+            transpose<T>(n - p < NR ? n - p : NR, int(D), qkv.at(b, q0 + p) + h * D, qkv.time, QT + p * Dp, NR,
+                         base2_scale<T>(D), true);
         for (int i = 0; i < NQ; i++) top[i] = -__builtin_inf(), total[i] = 0;
         for (long i = 0; i < long(Dp) * NQ; i++) OT[i] = 0;
 
+        const bool more = head + 1 < shape.B * shape.H;
+        const T* next = more ? qkv.at((head + 1) / shape.H, q0) + (head + 1) % shape.H * D : nullptr;
+        const long tiles = (q0 + n + NK - 1) / NK;
         for (long k0 = 0; k0 < q0 + n; k0 += NK) {
-            const Tile<T> tile(q0, n, k0, q0 + n);
-            pack(qkv.at(b, k0) + C + h * D, qkv.time, tile.keys, tile.rows, D, K, Dp);
-            pack(qkv.at(b, k0) + 2 * C + h * D, qkv.time, tile.keys, tile.rows, D, V, Dp);
-            for (Panels p(tile.lanes / VL<T>); p.next();) { // S^T = K Q^T
-                const int c = p.begin * VL<T>, rows = tile.visible(c + p.vectors * VL<T>);
-                panel_product<T, false>(rows, p.vectors, D, K, Dp, 1, QT + c, NQ, S + c, NQ);
-            }
-            if (tile.on_diagonal()) tile.mask(S);
-            if (DROPOUT) dropout_tile<T, NQ>(shape.dropout, shape.seed, b * shape.H + h, q0, k0, tile.rows, keep);
-            softmax_tile<T, DROPOUT>(tile, Dp, S, keep, OT, top, total);
-            for (Panels p(tile.lanes / VL<T>); p.next();) { // O^T += V^T P^T
-                const int c = p.begin * VL<T>, rows = tile.visible(c + p.vectors * VL<T>);
-                panel_product<T, true>(Dp, p.vectors, rows, V, 1, Dp, S + c, NQ, OT + c, NQ);
+            for (int i = 0; more && i < 3; i++) prefetch_rows(next + i * C, qkv.time, n, k0 / NK, tiles, D);
+            for (int p = 0; p < n; p += NR) {
+                const int queries = n - p < NR ? n - p : NR;
+                if (k0 >= q0 + p + queries) continue;
+                const Tile<T> tile(q0 + p, queries, k0, q0 + p + queries);
+                T* O = OT + p * Dp;
+                tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA { // S^T = K Q^T
+                    panel_product<T, false>(rows, (tile.lanes - c) / VL<T>, D, kv.K_from(k0 + row), QT + p * Dp + c, NR,
+                                            S + row * NR + c, NR);
+                });
+                if (tile.on_diagonal()) tile.mask(S, NR);
+                if (DROPOUT) dropout_tile<T, NR>(shape.dropout, shape.seed, head, q0 + p, k0, tile.rows, keep);
+                softmax_panel<T, DROPOUT>(tile, Dp, S, keep, O, top + p, total + p);
+                tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA { // O^T += V^T P^T
+                    panel_product<T, true>(Dp, (tile.lanes - c) / VL<T>, rows, kv.V_from(k0 + row), S + row * NR + c,
+                                           NR, O + c, NR);
+                });
             }
         }
 
-        T* log_sums = lse + (b * shape.H + h) * shape.T + q0;
+        T* log_sums = lse + head * shape.T + q0;
         for (int i = 0; i < n; i++) log_sums[i] = top[i] + T(__builtin_log2(double(total[i])));
-        for (int c = 0; c < NQ; c += VL<T>) {
-            const vec<T> inverse = broadcast(T(1)) / load(total + c);
-            for (int d = 0; d < D; d++) store(OT + d * NQ + c, load(OT + d * NQ + c) * inverse);
+        for (int p = 0; p < n; p += NR) {
+            T* O = OT + p * Dp;
+            for (int c = 0; c < NR; c += VL<T>) {
+                const vec<T> inverse = broadcast(T(1)) / load(total + p + c);
+                for (int d = 0; d < D; d++) store(O + d * NR + c, load(O + d * NR + c) * inverse);
+            }
+            transpose<T>(int(D), n - p < NR ? n - p : NR, O, NR, out + (b * shape.T + q0 + p) * C + h * D, C, T(1),
+                         false);
         }
-        transpose<T>(int(D), n, OT, NQ, out + (b * shape.T + q0) * C + h * D, C, T(1), false);
     });
 }
 
 // P and dS of one tile, from S and dP: P^T meets do with dropout applied, dS meets q and k.
 template <class T, bool DROPOUT> FASTGPT_NOINLINE void
 softmax_backward_tile(const Tile<T>& tile, T* S, T* dP, const T* keep, const T* lse, const T* delta) {
-    for (Panels p(tile.lanes / VL<T>); p.next();) {
-        const int rows = tile.visible((p.begin + p.vectors) * VL<T>);
-        for (int c = p.begin * VL<T>; c < (p.begin + p.vectors) * VL<T>; c += VL<T>) {
-            const vec<T> l = load(lse + c);
-            vec<T> mean = load(delta + c);
-            if (tile.has_all_keys_of(c)) { // few keys, some P near 1: sum P dP itself, whose rounding cancels with dP's
-                mean = vec<T>{};
-                for (long at = c; at < rows * NQ; at += NQ) {
-                    const vec<T> PdP = exp2(load(S + at) - l) * load(dP + at);
-                    mean += DROPOUT ? PdP * load(keep + at) : PdP;
-                }
+    for (int c = 0; c < tile.lanes; c += VL<T>) {
+        const int rows = tile.visible(c + VL<T>);
+        const vec<T> l = load(lse + c);
+        vec<T> mean = load(delta + c);
+        if (tile.has_all_keys_of(c)) { // few keys, some P near 1: sum P dP itself, whose rounding cancels with dP's
+            mean = vec<T>{};
+            for (long at = c; at < rows * NQ; at += NQ) {
+                const vec<T> PdP = exp2(load(S + at) - l) * load(dP + at);
+                mean += DROPOUT ? PdP * load(keep + at) : PdP;
             }
-            for (int j = 0; j < rows; j++) {
-                const long at = j * NQ + c;
-                const vec<T> P = exp2(load(S + at) - l);
-                if (DROPOUT) {
-                    const vec<T> z = load(keep + at);
-                    store(S + at, P * z);
-                    store(dP + at, P * (load(dP + at) * z - mean));
-                } else {
-                    store(S + at, P);
-                    store(dP + at, P * (load(dP + at) - mean));
-                }
+        }
+        for (int j = 0; j < rows; j++) {
+            const long at = j * NQ + c;
+            const vec<T> P = exp2(load(S + at) - l);
+            if (DROPOUT) {
+                const vec<T> z = load(keep + at);
+                store(S + at, P * z);
+                store(dP + at, P * (load(dP + at) * z - mean));
+            } else {
+                store(S + at, P);
+                store(dP + at, P * (load(dP + at) - mean));
             }
         }
     }
@@ -187,14 +240,27 @@ FASTGPT_INLINE void add_over_queries(const Tile<T>& tile, int n, const T* W, con
     for (int j = 0; j < tile.rows; j += MR) {
         const long first = tile.k0 + j > tile.q0 ? tile.k0 + j - tile.q0 : 0;
         if (first >= n) break;
-        product<T, true>(MR, Dp / VL<T>, n - first, W + j * NQ + first, NQ, 1, X + first * Dp, Dp, into + j * Dp, Dp);
+        product<T, true>(MR, Dp / VL<T>, n - first, Left<T>::rows(W + j * NQ + first, NQ), X + first * Dp, Dp,
+                         into + j * Dp, Dp);
     }
+}
+
+// K and V in strips of keys, then K in strips of channels: `range` * Dp values each.
+template <class T>
+FASTGPT_NOINLINE void copy_keys(long keys, long range, const T* k, long time, long C, long D, long Dp, T* to) {
+    const auto k_row = [&](long j) FASTGPT_LAMBDA { return k + j * time; };
+    strips_from_rows<T>(keys, D, k_row, to, MR * Dp);
+    strips_from_rows<T>(keys, D, [&](long j) FASTGPT_LAMBDA { return k + C + j * time; }, to + range * Dp, MR * Dp);
+    T* channels = to + 2 * range * Dp;
+    strips_from_terms<T>(D, keys, k_row, channels, MR * range);
+    for (long d = 0; d < Dp; d += MR) // behind the last key
+        for (long i = keys * MR; i < round_up<T>(keys, MR) * MR; i++) channels[d * range + i] = 0;
 }
 
 // Ranges of keys per head: enough tasks for many cores, but each range at least 4 tiles, and at most 4 ranges, since
 // each one past the first costs a copy of dq.
 inline long key_ranges(const AttentionShape& s) {
-    const long wanted = 64 / (s.B * s.H) + 1, most = s.T / (4 * NK) < 4 ? s.T / (4 * NK) : 4;
+    const long wanted = (23 + s.B * s.H) / (s.B * s.H), most = s.T / (4 * NK) < 4 ? s.T / (4 * NK) : 4;
     return wanted < most ? wanted : most < 1 ? 1 : most;
 }
 
@@ -205,8 +271,7 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
     const long range = ((shape.T + ranges - 1) / ranges + NK - 1) / NK * NK; // keys, whole tiles
     const int Dp = padded<T>(D), workers = num_threads();
     const long tile_size = NQ * NK;
-    Scratch<T> scratch(workers, (DROPOUT ? 3 : 2) * tile_size + 3 * Dp * NQ + 2 * NQ * Dp + 2 * NK * Dp + 2 * NQ +
-                                    2 * range * Dp);
+    Scratch<T> scratch(workers, (DROPOUT ? 3 : 2) * tile_size + 3 * Dp * NQ + 2 * NQ * Dp + 2 * NQ + 5 * range * Dp);
     Scratch<T> partial(heads * (ranges - 1), shape.T * D); // dq of all ranges but the first
     const T scale = T(1 / __builtin_sqrt(double(D)));
 
@@ -216,9 +281,10 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
         if (k_begin >= k_end) return;
         T* S = scratch.part(worker);
         T *dP = S + tile_size, *QT = dP + tile_size, *GT = QT + Dp * NQ, *dQT = GT + Dp * NQ; // G is dO
-        T *Q = dQT + Dp * NQ, *G = Q + NQ * Dp, *K = G + NQ * Dp, *V = K + NK * Dp;
-        T *lses = V + NK * Dp, *delta = lses + NQ, *dK = delta + NQ, *dV = dK + range * Dp, *keep = dV + range * Dp;
+        T *Q = dQT + Dp * NQ, *G = Q + NQ * Dp, *lses = G + NQ * Dp, *delta = lses + NQ;
+        T *dK = delta + NQ, *dV = dK + range * Dp, *copies = dV + range * Dp, *keep = copies + 3 * range * Dp;
         for (long i = 0; i < 2 * range * Dp; i++) dK[i] = 0;
+        copy_keys(k_end - k_begin, range, qkv.at(b, k_begin) + C + h * D, qkv.time, C, D, Dp, copies);
 
         for (long q0 = k_begin / NQ * NQ; q0 < shape.T; q0 += NQ) {
             const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
@@ -241,21 +307,28 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
 
             for (long k0 = k_begin; k0 < k_end && k0 < q0 + n; k0 += NK) {
                 const Tile<T> tile(q0, n, k0, q0 + n < k_end ? q0 + n : k_end);
-                pack(qkv.at(b, k0) + C + h * D, qkv.time, tile.keys, tile.rows, D, K, Dp);
-                pack(qkv.at(b, k0) + 2 * C + h * D, qkv.time, tile.keys, tile.rows, D, V, Dp);
+                const long j0 = k0 - k_begin;
                 for (Panels p(tile.lanes / VL<T>); p.next();) { // S^T = K Q^T, dP^T = V dO^T
-                    const int c = p.begin * VL<T>, rows = tile.visible(c + p.vectors * VL<T>);
-                    panel_product<T, false>(rows, p.vectors, D, K, Dp, 1, QT + c, NQ, S + c, NQ);
-                    panel_product<T, false>(rows, p.vectors, D, V, Dp, 1, GT + c, NQ, dP + c, NQ);
+                    const int end = (p.begin + p.vectors) * VL<T>;
+                    tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
+                        const int vectors = (end - c) / VL<T>, at = row * NQ + c;
+                        const auto K = Left<T>::strips(copies + (j0 + row) * Dp, MR * Dp);
+                        const auto V = Left<T>::strips(copies + (range + j0 + row) * Dp, MR * Dp);
+                        panel_product<T, false>(rows, vectors, D, K, QT + c, NQ, S + at, NQ);
+                        panel_product<T, false>(rows, vectors, D, V, GT + c, NQ, dP + at, NQ);
+                    });
                 }
-                if (tile.on_diagonal()) tile.mask(S);
+                if (tile.on_diagonal()) tile.mask(S, NQ);
                 if (DROPOUT) dropout_tile<T, NQ>(shape.dropout, shape.seed, head, q0, k0, tile.rows, keep);
                 softmax_backward_tile<T, DROPOUT>(tile, S, dP, keep, lses, delta);
-                add_over_queries(tile, n, S, G, Dp, dV + (k0 - k_begin) * Dp);
-                add_over_queries(tile, n, dP, Q, Dp, dK + (k0 - k_begin) * Dp);
+                add_over_queries(tile, n, S, G, Dp, dV + j0 * Dp);
+                add_over_queries(tile, n, dP, Q, Dp, dK + j0 * Dp);
                 for (Panels p(tile.lanes / VL<T>); p.next();) { // dQ^T += K^T dS^T
-                    const int c = p.begin * VL<T>, rows = tile.visible(c + p.vectors * VL<T>);
-                    panel_product<T, true>(Dp, p.vectors, rows, K, 1, Dp, dP + c, NQ, dQT + c, NQ);
+                    const int end = (p.begin + p.vectors) * VL<T>;
+                    tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
+                        const auto KT = Left<T>::strips(copies + 2 * range * Dp + (j0 + row) * MR, MR * range);
+                        panel_product<T, true>(Dp, (end - c) / VL<T>, rows, KT, dP + row * NQ + c, NQ, dQT + c, NQ);
+                    });
                 }
             }
             T* dq =

@@ -54,26 +54,11 @@ FASTGPT_NOINLINE void pack_panel(const Product<T>& p, long k0, long kc, long n0,
     }
 }
 
-// All strips of A for KC terms: to[strip * MR * KC + k * MR + i] = element (m0 + strip * MR + i, k0 + k); zero behind
-// the last row.
+// All strips of A for KC terms, MR * KC values apart.
 template <class T> FASTGPT_NOINLINE void pack_strips(const Product<T>& p, long m0, long mc, long k0, long kc, T* to) {
-    constexpr int piece = MR < VL<T> ? MR : VL<T>; // of a register, in one strip
-    const auto put = [&](long k, long m, vec<T> v) FASTGPT_LAMBDA {
-        T values[VL<T>];
-        store(values, v);
-#pragma GCC unroll 4
-        for (int i = 0; i < VL<T>; i += piece)
-            __builtin_memcpy(to + (m + i) / MR * MR * KC + k * MR + (m + i) % MR, values + i, piece * sizeof(T));
-    };
-    if (!p.A_transposed)
-        return for_columns<T>(mc, kc, [&](long m) FASTGPT_LAMBDA { return p.A[m0 + m] + k0; }, put);
-    constexpr long some = 64; // values of a line at a time
-    for (long m = 0; m < mc; m += some)
-        for (long k = 0; k < kc; k++) {
-            const T* from = p.A[k0 + k] + m0 + m;
-            for_channels<T>(mc - m < some ? mc - m : some,
-                            [&](long i, int n) FASTGPT_LAMBDA { put(k, m + i, load_first(from + i, n)); });
-        }
+    if (p.A_transposed)
+        strips_from_terms<T>(mc, kc, [&](long k) FASTGPT_LAMBDA { return p.A[k0 + k] + m0; }, to, MR * KC);
+    else strips_from_rows<T>(mc, kc, [&](long m) FASTGPT_LAMBDA { return p.A[m0 + m] + k0; }, to, MR * KC);
 }
 
 // The last step of a tile at C[at]: bias, and gelu where it follows.
@@ -106,16 +91,16 @@ template <class T> void matmul(const Product<T>& p) {
                 const int vectors = int((width + VL<T> - 1) / VL<T>);
                 pack_panel(p, k0, kc, n, width, panel);
                 for (long m = m0; m < m_end; m += MR) {
-                    const T* strip = strips + (m - m0) * KC;
+                    const auto strip = Left<T>::strips(strips + (m - m0) * KC, MR * KC);
                     const long rows = m_end - m < MR ? m_end - m : MR;
                     T* c = p.C + m * p.N + n;
                     if (rows < MR || width % VL<T>) { // a tile that sticks out: by way of a buffer
-                        panel_product<T, false>(MR, vectors, kc, strip, 1, MR, panel, NR, edge, NR);
+                        panel_product<T, false>(MR, vectors, kc, strip, panel, NR, edge, NR);
                         for (long i = 0; i < rows; i++)
                             for (long j = 0; j < width; j++)
                                 c[i * p.N + j] = edge[i * NR + j] + (first ? T(0) : c[i * p.N + j]);
-                    } else if (first) panel_product<T, false>(MR, vectors, kc, strip, 1, MR, panel, NR, c, p.N);
-                    else panel_product<T, true>(MR, vectors, kc, strip, 1, MR, panel, NR, c, p.N);
+                    } else if (first) panel_product<T, false>(MR, vectors, kc, strip, panel, NR, c, p.N);
+                    else panel_product<T, true>(MR, vectors, kc, strip, panel, NR, c, p.N);
                     if (last && (p.bias || p.activated)) finish_tile(p, m * p.N + n, n, rows, width);
                 }
             }

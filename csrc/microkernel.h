@@ -38,18 +38,60 @@ FASTGPT_INLINE void microkernel(long K, const T* A, long a_row, long a_col, cons
         }
 }
 
+// Where the microkernel finds A: element (m, k) is data[m / MR * strip + m % MR * row + k * term].
+template <class T> struct Left {
+    const T* data;
+    long strip, row, term;
+
+    // Rows of values, as they lie in memory.
+    static FASTGPT_INLINE Left rows(const T* data, long stride) { return {data, MR * stride, stride, 1}; }
+    // Strips: MR rows, term by term, so that the microkernel reads from front to back.
+    static FASTGPT_INLINE Left strips(const T* data, long strip) { return {data, strip, 1, MR}; }
+};
+
 // The same for M rows (a multiple of MR) and `vectors` <= NV registers.
-template <class T, bool ACCUMULATE> FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, const T* A,
-                                                                        long a_row, long a_col, const T* B, long b_row,
-                                                                        T* C, long c_row) {
+template <class T, bool ACCUMULATE>
+FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, Left<T> A, const T* B, long b_row, T* C, long c_row) {
     static_assert(NV == 2 || NV == 3, "one case for each possible number of registers");
-    for (int m = 0; m < M; m += MR) {
-        const T* a = A + m * a_row;
-        T* c = C + m * c_row;
-        if (vectors == NV) microkernel<T, MR, NV, ACCUMULATE>(K, a, a_row, a_col, B, b_row, c, c_row);
-        else if (vectors == 2) microkernel<T, MR, 2, ACCUMULATE>(K, a, a_row, a_col, B, b_row, c, c_row);
-        else microkernel<T, MR, 1, ACCUMULATE>(K, a, a_row, a_col, B, b_row, c, c_row);
+    for (int m = 0; m < M; m += MR, A.data += A.strip, C += MR * c_row) {
+        if (vectors == NV) microkernel<T, MR, NV, ACCUMULATE>(K, A.data, A.row, A.term, B, b_row, C, c_row);
+        else if (vectors == 2) microkernel<T, MR, 2, ACCUMULATE>(K, A.data, A.row, A.term, B, b_row, C, c_row);
+        else microkernel<T, MR, 1, ACCUMULATE>(K, A.data, A.row, A.term, B, b_row, C, c_row);
     }
+}
+
+// Copies that make strips, `strip` values apart; values behind the last row become zero, up to a whole register.
+template <class T> struct StripWriter {
+    T* to;
+    long strip;
+    // The register v holds term k of rows m, m + 1, ...; m is a multiple of VL.
+    FASTGPT_INLINE void operator()(long k, long m, vec<T> v) const {
+        constexpr int piece = MR < VL<T> ? MR : VL<T>;
+        T values[VL<T>];
+        store(values, v);
+#pragma GCC unroll 4
+        for (int i = 0; i < VL<T>; i += piece)
+            __builtin_memcpy(to + (m + i) / MR * strip + k * MR + (m + i) % MR, values + i, piece * sizeof(T));
+    }
+};
+
+// line(m) holds all terms of row m.
+template <class T, class Line>
+FASTGPT_INLINE void strips_from_rows(long rows, long terms, const Line& line, T* to, long strip) {
+    for_columns<T>(rows, terms, line, StripWriter<T>{to, strip});
+}
+
+// line(k) holds term k of all rows.
+template <class T, class Line>
+FASTGPT_INLINE void strips_from_terms(long rows, long terms, const Line& line, T* to, long strip) {
+    constexpr long some = 64; // values of a line at a time
+    const StripWriter<T> put{to, strip};
+    for (long m = 0; m < rows; m += some)
+        for (long k = 0; k < terms; k++) {
+            const T* from = line(k) + m;
+            for_channels<T>(rows - m < some ? rows - m : some,
+                            [&](long i, int n) FASTGPT_LAMBDA { put(k, m + i, load_first(from + i, n)); });
+        }
 }
 
 // How a row of `vectors` registers is cut into panels of at most NV: as evenly as can be, 4 = 2 + 2 and not 3 + 1.
@@ -67,9 +109,8 @@ struct Panels {
 };
 
 // The same for any number of registers.
-template <class T, bool ACCUMULATE> FASTGPT_INLINE void product(int M, int vectors, long K, const T* A, long a_row,
-                                                                long a_col, const T* B, long b_row, T* C, long c_row) {
+template <class T, bool ACCUMULATE>
+FASTGPT_INLINE void product(int M, int vectors, long K, Left<T> A, const T* B, long b_row, T* C, long c_row) {
     for (Panels p(vectors); p.next();)
-        panel_product<T, ACCUMULATE>(M, p.vectors, K, A, a_row, a_col, B + p.begin * VL<T>, b_row, C + p.begin * VL<T>,
-                                     c_row);
+        panel_product<T, ACCUMULATE>(M, p.vectors, K, A, B + p.begin * VL<T>, b_row, C + p.begin * VL<T>, c_row);
 }

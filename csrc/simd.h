@@ -72,7 +72,7 @@ template <class T> FASTGPT_INLINE bool any(mask<T> m) {
 // nothing.
 FASTGPT_INLINE vec<float> exp2(vec<float> x) {
     const vec<float> lowest = broadcast(-127.0f), magic = broadcast(12582912.0f);
-    x = x < lowest ? lowest : x;
+    x = max<float>(lowest, x);
     vec<float> z = x + magic, f = x - (z - magic);
     vec<float> p = broadcast(1.53533620e-4f) * f + broadcast(1.33988739e-3f);
     p = p * f + broadcast(9.61843692e-3f);
