@@ -9,6 +9,10 @@
 
 #include "gelu.h"
 
+#ifdef FASTGPT_AMX
+#include "amx.h"
+#endif
+
 #include "linear.h"
 
 #include "loss.h"

@@ -104,8 +104,8 @@ template <class T> struct HeadCopy {
     static long size(long T_, long Dp) { return 2 * round_up<T>(T_, NK) * Dp; }
     HeadCopy(T* memory, long T_, long Dp) : K(memory), V(memory + round_up<T>(T_, NK) * Dp), Tp(round_up<T>(T_, NK)), Dp(Dp) {}
 
-    Left<T> K_from(long key) const { return Left<T>::strips(K + key * Dp, MR * Dp); }
-    Left<T> V_from(long key) const { return Left<T>::strips(V + key * MR, MR * Tp); }
+    StripsOf<T> K_from(long key) const { return {K + key * Dp, MR * Dp}; }
+    StripsOf<T> V_from(long key) const { return {V + key * MR, MR * Tp}; }
 
     // k and v: where row 0 is; rows are `time` values apart.
     FASTGPT_NOINLINE void fill(long new_head, long n, const T* k, const T* v, long time, long D) {
@@ -240,7 +240,7 @@ FASTGPT_INLINE void add_over_queries(const Tile<T>& tile, int n, const T* W, con
     for (int j = 0; j < tile.rows; j += MR) {
         const long first = tile.k0 + j > tile.q0 ? tile.k0 + j - tile.q0 : 0;
         if (first >= n) break;
-        product<T, true>(MR, Dp / VL<T>, n - first, Left<T>::rows(W + j * NQ + first, NQ), X + first * Dp, Dp,
+        product<T, true>(MR, Dp / VL<T>, n - first, RowsOf<T>{W + j * NQ + first, NQ}, X + first * Dp, Dp,
                          into + j * Dp, Dp);
     }
 }
@@ -312,8 +312,8 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
                     const int end = (p.begin + p.vectors) * VL<T>;
                     tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
                         const int vectors = (end - c) / VL<T>, at = row * NQ + c;
-                        const auto K = Left<T>::strips(copies + (j0 + row) * Dp, MR * Dp);
-                        const auto V = Left<T>::strips(copies + (range + j0 + row) * Dp, MR * Dp);
+                        const StripsOf<T> K{copies + (j0 + row) * Dp, MR * Dp};
+                        const StripsOf<T> V{copies + (range + j0 + row) * Dp, MR * Dp};
                         panel_product<T, false>(rows, vectors, D, K, QT + c, NQ, S + at, NQ);
                         panel_product<T, false>(rows, vectors, D, V, GT + c, NQ, dP + at, NQ);
                     });
@@ -326,7 +326,7 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
                 for (Panels p(tile.lanes / VL<T>); p.next();) { // dQ^T += K^T dS^T
                     const int end = (p.begin + p.vectors) * VL<T>;
                     tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
-                        const auto KT = Left<T>::strips(copies + 2 * range * Dp + (j0 + row) * MR, MR * range);
+                        const StripsOf<T> KT{copies + 2 * range * Dp + (j0 + row) * MR, MR * range};
                         panel_product<T, true>(Dp, (end - c) / VL<T>, rows, KT, dP + row * NQ + c, NQ, dQT + c, NQ);
                     });
                 }

@@ -10,7 +10,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // Vectors wider than the baseline's change how they would be passed between functions; here, they never are.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -58,15 +64,36 @@ namespace avx512 {
 #define FASTGPT_MR 8
 #define FASTGPT_NV 3
 #include "all_kernels.h"
+} // namespace avx512
+namespace amx { // AVX-512, and matrix products on AMX
+#define FASTGPT_AMX
+#include "all_kernels.h"
+#undef FASTGPT_AMX
 #undef FASTGPT_VECTOR_BYTES
 #undef FASTGPT_MR
 #undef FASTGPT_NV
-} // namespace avx512
+} // namespace amx
 #ifdef __clang__
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+
+// AMX's tiles are 8 KiB of registers, which Linux gives to a process only if it asks.
+static bool amx_is_here() {
+#ifdef __linux__
+    unsigned a, b, c, d;
+    const bool has_bfloat16_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+    constexpr int request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return has_bfloat16_tiles && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+static bool avx512_is_here() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 
 #define FASTGPT_TABLE(isa, runs_here)                                                                                  \
     {#isa,          [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work,                          \
@@ -75,8 +102,8 @@ namespace avx512 {
 static const Kernels tables[] = {
     FASTGPT_TABLE(sse2, true),
     FASTGPT_TABLE(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
-    FASTGPT_TABLE(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+    FASTGPT_TABLE(avx512, avx512_is_here()),
+    FASTGPT_TABLE(amx, avx512_is_here() && amx_is_here()),
 };
 
 } // namespace fastgpt

@@ -11,13 +11,26 @@
 //
 // MR x NV accumulators stay in registers for the whole loop over k: 4 x 3 with AVX2's 16 registers, 8 x 3 with the 32
 // of AVX-512. That is enough independent additions to keep two FMA units busy, and each loaded value is used MR or NV
-// times (the names are those of BLIS, Van Zee and van de Geijn 2015). A may lie in memory with any two strides, so a
-// transposed A costs nothing.
+// times (the names are those of BLIS, Van Zee and van de Geijn 2015).
 
 constexpr int MR = FASTGPT_MR, NV = FASTGPT_NV;
 
-template <class T, int ROWS, int VECS, bool ACCUMULATE>
-FASTGPT_INLINE void microkernel(long K, const T* A, long a_row, long a_col, const T* B, long b_row, T* C, long c_row) {
+// Where the microkernel finds A: at(i, k) is row i, term k of a block of MR rows; below(), the next MR rows.
+template <class T> struct RowsOf { // rows as they lie in memory, `stride` values apart
+    const T* data;
+    long stride;
+    FASTGPT_INLINE T at(long i, long k) const { return data[i * stride + k]; }
+    FASTGPT_INLINE RowsOf below() const { return {data + MR * stride, stride}; }
+};
+template <class T> struct StripsOf { // strips of MR rows, term by term: read from front to back; `strip` values apart
+    const T* data;
+    long strip;
+    FASTGPT_INLINE T at(long i, long k) const { return data[k * MR + i]; }
+    FASTGPT_INLINE StripsOf below() const { return {data + strip, strip}; }
+};
+
+template <class T, int ROWS, int VECS, bool ACCUMULATE, class Left>
+FASTGPT_INLINE void microkernel(long K, const Left& A, const T* B, long b_row, T* C, long c_row) {
     vec<T> c[ROWS][VECS] = {};
     for (long k = 0; k < K; k++) {
         vec<T> b[VECS];
@@ -25,7 +38,7 @@ FASTGPT_INLINE void microkernel(long K, const T* A, long a_row, long a_col, cons
         for (int j = 0; j < VECS; j++) b[j] = load(B + k * b_row + j * VL<T>);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
-            const vec<T> a = broadcast(A[i * a_row + k * a_col]);
+            const vec<T> a = broadcast(A.at(i, k));
 #pragma GCC unroll 8
             for (int j = 0; j < VECS; j++) c[i][j] += a * b[j];
         }
@@ -38,25 +51,14 @@ FASTGPT_INLINE void microkernel(long K, const T* A, long a_row, long a_col, cons
         }
 }
 
-// Where the microkernel finds A: element (m, k) is data[m / MR * strip + m % MR * row + k * term].
-template <class T> struct Left {
-    const T* data;
-    long strip, row, term;
-
-    // Rows of values, as they lie in memory.
-    static FASTGPT_INLINE Left rows(const T* data, long stride) { return {data, MR * stride, stride, 1}; }
-    // Strips: MR rows, term by term, so that the microkernel reads from front to back.
-    static FASTGPT_INLINE Left strips(const T* data, long strip) { return {data, strip, 1, MR}; }
-};
-
 // The same for M rows (a multiple of MR) and `vectors` <= NV registers.
-template <class T, bool ACCUMULATE>
-FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, Left<T> A, const T* B, long b_row, T* C, long c_row) {
+template <class T, bool ACCUMULATE, class Left>
+FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, Left A, const T* B, long b_row, T* C, long c_row) {
     static_assert(NV == 2 || NV == 3, "one case for each possible number of registers");
-    for (int m = 0; m < M; m += MR, A.data += A.strip, C += MR * c_row) {
-        if (vectors == NV) microkernel<T, MR, NV, ACCUMULATE>(K, A.data, A.row, A.term, B, b_row, C, c_row);
-        else if (vectors == 2) microkernel<T, MR, 2, ACCUMULATE>(K, A.data, A.row, A.term, B, b_row, C, c_row);
-        else microkernel<T, MR, 1, ACCUMULATE>(K, A.data, A.row, A.term, B, b_row, C, c_row);
+    for (int m = 0; m < M; m += MR, A = A.below(), C += MR * c_row) {
+        if (vectors == NV) microkernel<T, MR, NV, ACCUMULATE>(K, A, B, b_row, C, c_row);
+        else if (vectors == 2) microkernel<T, MR, 2, ACCUMULATE>(K, A, B, b_row, C, c_row);
+        else microkernel<T, MR, 1, ACCUMULATE>(K, A, B, b_row, C, c_row);
     }
 }
 
@@ -109,8 +111,8 @@ struct Panels {
 };
 
 // The same for any number of registers.
-template <class T, bool ACCUMULATE>
-FASTGPT_INLINE void product(int M, int vectors, long K, Left<T> A, const T* B, long b_row, T* C, long c_row) {
+template <class T, bool ACCUMULATE, class Left>
+FASTGPT_INLINE void product(int M, int vectors, long K, const Left& A, const T* B, long b_row, T* C, long c_row) {
     for (Panels p(vectors); p.next();)
         panel_product<T, ACCUMULATE>(M, p.vectors, K, A, B + p.begin * VL<T>, b_row, C + p.begin * VL<T>, c_row);
 }

@@ -1,0 +1,158 @@
+// float32 products on AMX, whose tiles multiply bfloat16 (8 bits of mantissa) and add in float32, at 15 times the rate
+// of float32 multiply-adds.
+//
+// A float has 24 bits of mantissa, so it is the sum of three bfloat16, exactly:
+//
+//   x = x0 + x1 + x2        x0 = x rounded to bfloat16        x1 = x - x0 rounded        x2 = x - x0 - x1
+//
+// and a product is the sum of nine. With |x1| <= 2^-8 |x0| and |x2| <= 2^-16 |x0|, three of them are below 2^-24 of the
+// whole, the rounding of a float; the other six are made:
+//
+//   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0)
+//
+// So a multiply-add costs six, and yet less than half of what one costs in float32. Each product of two bfloat16 is
+// exact, and 32 of them are added before the sum meets the accumulator: the result is no less exact than a float32 sum,
+// by the same test as everything here. (The split is known from Henry, Tang and Heinecke 2019, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations".)
+//
+//                 16 columns   16 columns
+//               +------------+------------+
+//   32 terms    | b0  b1  b2 | b0  b1  b2 |      A tile is 16 lines of 64 bytes. Four of the eight hold 32 x 32 sums,
+//               +------------+------------+      the other four pass the parts of A and B through.
+//  16 a0 a1 a2  |   sums 0   |   sums 1   |
+//  16 a0 a1 a2  |   sums 2   |   sums 3   |
+//               +------------+------------+
+//
+// Infinities and NaN have no such sum (inf - inf is NaN): a block that holds one is left to the float32 kernels.
+
+struct Amx {
+    static constexpr int MR = 32, NR = 32, depth = 32; // depth: terms in a tile
+    static constexpr long KC = 384, most_rows = 512, most_columns = 1536, row_unit = MR;
+    static constexpr bool writes_whole_tiles = false;
+    static constexpr long bytes = 3 * 2; // that a float takes in its three parts
+
+    // In floats.
+    static FASTGPT_INLINE long strip_size(long kc) { return MR * ((kc + depth - 1) / depth * depth) * bytes / 4; }
+    static FASTGPT_INLINE long panel_size(long kc) { return strip_size(kc) / MR * NR; }
+
+    // 16 lines of 32 values, or 32 lines of 16, become the tiles of their three parts, 2048 bytes apart. Pair i of a
+    // line is made of terms i and 16 + i: the order of the terms is free, so long as A and B agree.
+    // TURN: lines become columns. -> was every value finite?
+    template <bool TURN, class Line>
+    static FASTGPT_INLINE bool split(const Line& line, bool along, int lines, int width, char* to) {
+        using bits = simd<float>::bits;
+        bits part[3][16], largest{};
+        const auto round = [](bits x) FASTGPT_LAMBDA { return (x + 0x7FFF + (x >> 16 & 1)) & 0xFFFF0000u; };
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            vec<float> x[2];
+            for (int half = 0; half < 2; half++) {
+                const int at = along ? i : i + 16 * half, from = along ? 16 * half : 0;
+                x[half] = at < lines && from < width ? load_first(line(at) + from, width - from) : vec<float>{};
+            }
+            bits pair[3] = {};
+            for (int half = 0; half < 2; half++) {
+                bits word;
+                __builtin_memcpy(&word, &x[half], sizeof word);
+                const bits magnitude = word & 0x7FFFFFFFu;
+                largest = magnitude > largest ? magnitude : largest;
+                for (int p = 0; p < 3; p++) {
+                    const bits rounded = p < 2 ? round(word) : word; // the last has 8 bits left
+                    pair[p] |= half ? rounded : rounded >> 16;
+                    vec<float> value;
+                    __builtin_memcpy(&value, &rounded, sizeof value);
+                    x[half] -= value;
+                    __builtin_memcpy(&word, &x[half], sizeof word);
+                }
+            }
+            for (int p = 0; p < 3; p++) part[p][i] = pair[p];
+        }
+        for (int p = 0; p < 3; p++) {
+            vec<float> v[16];
+            __builtin_memcpy(v, part[p], sizeof v);
+            if (TURN) transpose_block<float>(v);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) __builtin_memcpy(to + 2048 * p + 64 * i, &v[i], 64);
+        }
+        // finite, and far enough from infinity for x0 to be so too
+        bool good = true;
+        for (int i = 0; i < 16; i++) good &= largest[i] < 0x7F7F0000u;
+        return good;
+    }
+
+    // rows lines (of A, or columns of B) and kc terms. -> finite?
+    template <bool B_SIDE> static FASTGPT_NOINLINE bool pack(const Rows<const float>& source, bool lines_are_terms,
+                                                             long first, long count, long k0, long kc, float* to) {
+        char* strip = reinterpret_cast<char*>(to);
+        bool finite = true;
+        for (long i = 0; i < count; i += 32) // a strip or panel
+            for (long k = 0; k < kc; k += depth, strip += 32 * depth * bytes)
+                for (long j = i; j < i + 32; j += 16) {
+                    char* tile = strip + (j - i) * 64;
+                    const int terms = int(kc - k < depth ? kc - k : depth), lines = int(count - j < 16 ? count - j : 16);
+                    if (lines_are_terms)
+                        finite &= split<!B_SIDE>(
+                            [&](int t) FASTGPT_LAMBDA { return source[k0 + k + t] + first + j; }, false, terms, lines, tile);
+                    else
+                        finite &= split<B_SIDE>(
+                            [&](int l) FASTGPT_LAMBDA { return source[first + j + l] + k0 + k; }, true, lines, terms, tile);
+                }
+        return finite;
+    }
+
+    static bool pack_strips(const Product<float>& p, long m0, long mc, long k0, long kc, float* to) {
+        return pack<false>(p.A, p.A_transposed, m0, mc, k0, kc, to);
+    }
+    static bool pack_panel(const Product<float>& p, long k0, long kc, long n0, long width, float* to) {
+        return pack<true>(p.B, !p.B_transposed, n0, width, k0, kc, to);
+    }
+
+    // The instructions, by name: compilers differ in what their own functions for them accept.
+    template <int TILE> static FASTGPT_INLINE void zero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
+    template <int TILE> static FASTGPT_INLINE void load_tile(const char* lines) {
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(lines), "r"(64l), "i"(TILE));
+    }
+    template <int TILE> static FASTGPT_INLINE void store_tile(float* lines) {
+        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(lines), "r"(NR * 4l), "i"(TILE) : "memory");
+    }
+    template <int SUMS, int A, int B> static FASTGPT_INLINE void multiply() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
+    }
+
+    static FASTGPT_INLINE void begin() { // on this thread: all eight tiles whole
+        struct {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t lines[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.lines[i] = 16;
+        __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    }
+    static FASTGPT_INLINE void end() { __asm__ volatile("tilerelease"); }
+
+    // The sums (32, 32) of a strip and a panel; never to C itself.
+    static FASTGPT_NOINLINE void tile(long kc, const float* strip, const float* panel, long, float* sums, long, bool) {
+        const char *a = reinterpret_cast<const char*>(strip), *b = reinterpret_cast<const char*>(panel);
+        const auto load_a = [&](int part) FASTGPT_LAMBDA {
+            load_tile<4>(a + 2048 * part), load_tile<5>(a + 2048 * part + 1024);
+        };
+        const auto load_b = [&](int part) FASTGPT_LAMBDA {
+            load_tile<6>(b + 2048 * part), load_tile<7>(b + 2048 * part + 1024);
+        };
+        const auto multiply_all = [] FASTGPT_LAMBDA {
+            multiply<0, 4, 6>(), multiply<1, 4, 7>(), multiply<2, 5, 6>(), multiply<3, 5, 7>();
+        };
+        __asm__ volatile("" ::: "memory"); // what was packed is in memory now
+        zero<0>(), zero<1>(), zero<2>(), zero<3>();
+        for (long k = 0; k < kc; k += depth, a += MR * depth * bytes, b += NR * depth * bytes) {
+            load_b(0), load_a(2), multiply_all(); // a2 b0
+            load_a(1), multiply_all();            // a1 b0
+            load_a(0), multiply_all();            // a0 b0
+            load_b(2), multiply_all();            // a0 b2
+            load_b(1), multiply_all();            // a0 b1
+            load_a(1), multiply_all();            // a1 b1
+        }
+        store_tile<0>(sums), store_tile<1>(sums + 16);
+        store_tile<2>(sums + 16 * NR), store_tile<3>(sums + 16 * NR + 16);
+    }
+};
