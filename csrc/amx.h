@@ -35,49 +35,43 @@ struct Amx {
     static FASTGPT_INLINE long strip_size(long kc) { return MR * ((kc + depth - 1) / depth * depth) * bytes / 4; }
     static FASTGPT_INLINE long panel_size(long kc) { return strip_size(kc) / MR * NR; }
 
-    // 16 lines of 32 values, or 32 lines of 16, become the tiles of their three parts, 2048 bytes apart. Pair i of a
-    // line is made of terms i and 16 + i: the order of the terms is free, so long as A and B agree.
+    // 16 lines of 32 values (`along` the terms), or 32 lines of 16, become the tiles of their three parts, 2048 bytes
+    // apart. Pair i of a line is made of terms i and 16 + i: the order of the terms is free, so long as A and B agree.
     // TURN: lines become columns. -> was every value finite?
     template <bool TURN, class Line>
     static FASTGPT_INLINE bool split(const Line& line, bool along, int lines, int width, char* to) {
         using bits = simd<float>::bits;
-        bits part[3][16], largest{};
-        const auto round = [](bits x) FASTGPT_LAMBDA { return (x + 0x7FFF + (x >> 16 & 1)) & 0xFFFF0000u; };
+        vec<float> x[2][16], residue{};
+        for (int half = 0; half < 2; half++) {
+            const int from = along ? 16 * half : 0;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                const int at = along ? i : i + 16 * half;
+                x[half][i] = at < lines && from < width ? load_first(line(at) + from, width - from) : vec<float>{};
+            }
+            if (TURN) transpose_block<float>(x[half]);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-            vec<float> x[2];
+            bits pair[3];
             for (int half = 0; half < 2; half++) {
-                const int at = along ? i : i + 16 * half, from = along ? 16 * half : 0;
-                x[half] = at < lines && from < width ? load_first(line(at) + from, width - from) : vec<float>{};
-            }
-            bits pair[3] = {};
-            for (int half = 0; half < 2; half++) {
-                bits word;
-                __builtin_memcpy(&word, &x[half], sizeof word);
-                const bits magnitude = word & 0x7FFFFFFFu;
-                largest = magnitude > largest ? magnitude : largest;
+                vec<float> rest = x[half][i];
                 for (int p = 0; p < 3; p++) {
-                    const bits rounded = p < 2 ? round(word) : word; // the last has 8 bits left
-                    pair[p] |= half ? rounded : rounded >> 16;
+                    bits part;
+                    __builtin_memcpy(&part, &rest, sizeof part);
+                    if (p < 2) part = (part + 0x8000u) & 0xFFFF0000u; // to 8 bits of mantissa; the last has 8 bits left
                     vec<float> value;
-                    __builtin_memcpy(&value, &rounded, sizeof value);
-                    x[half] -= value;
-                    __builtin_memcpy(&word, &x[half], sizeof word);
+                    __builtin_memcpy(&value, &part, sizeof value);
+                    if (p < 2) rest -= value;
+                    else residue += value;
+                    pair[p] = half ? pair[p] | part : part >> 16;
                 }
             }
-            for (int p = 0; p < 3; p++) part[p][i] = pair[p];
+#pragma GCC unroll 3
+            for (int p = 0; p < 3; p++) __builtin_memcpy(to + 2048 * p + 64 * i, &pair[p], 64);
         }
-        for (int p = 0; p < 3; p++) {
-            vec<float> v[16];
-            __builtin_memcpy(v, part[p], sizeof v);
-            if (TURN) transpose_block<float>(v);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) __builtin_memcpy(to + 2048 * p + 64 * i, &v[i], 64);
-        }
-        // finite, and far enough from infinity for x0 to be so too
-        bool good = true;
-        for (int i = 0; i < 16; i++) good &= largest[i] < 0x7F7F0000u;
-        return good;
+        const float sum_of_residues = sum<float>(residue); // NaN for inf - inf, or where rounding up made an infinity
+        return sum_of_residues == sum_of_residues;
     }
 
     // rows lines (of A, or columns of B) and kc terms. -> finite?

@@ -20,19 +20,22 @@
 // Names and order of the loops are those of BLIS. Each sum runs in one order, KC terms at a time, whatever the blocks
 // are, so the bits do not depend on the number of threads.
 
-// Blocks: as large as caches allow, since a block's edges are what its copies cost, but two for each thread.
+// Blocks: as large as caches allow, since each block packs its rows of A and columns of B anew; as many as keep all
+// threads busy. Cutting columns packs A once more, cutting rows packs B once more: whichever is smaller is done.
 template <class Engine> struct Blocks {
     long MC, NC, down, across;
 
     Blocks(long M, long N, int workers) {
-        const auto cut = [](long size, long most, long unit) {
-            const long parts = (size + most - 1) / most;
+        const auto cut = [](long size, long parts, long unit) {
             return parts ? ((size + parts - 1) / parts + unit - 1) / unit * unit : unit;
         };
-        MC = cut(M, Engine::most_rows, Engine::row_unit), NC = cut(N, Engine::most_columns, Engine::NR);
-        for (;; MC >= NC ? MC = cut(M, MC / 2, Engine::row_unit) : NC = cut(N, NC / 2, Engine::NR)) {
+        long rows = (M + Engine::most_rows - 1) / Engine::most_rows;
+        long columns = (N + Engine::most_columns - 1) / Engine::most_columns;
+        for (;; M * columns < N * rows ? columns++ : rows++) {
+            MC = cut(M, rows, Engine::row_unit), NC = cut(N, columns, Engine::NR);
             down = (M + MC - 1) / MC, across = (N + NC - 1) / NC;
-            if (down * across >= 2 * workers || (MC < 2 * 64 && NC < 2 * 64)) break;
+            const long tasks = down * across;
+            if (tasks % workers == 0 || tasks >= 4 * workers || (MC < 128 && NC < 128)) break;
         }
     }
 };
