@@ -25,31 +25,41 @@ template <class T> struct Gate {
     }
 };
 
-// each(r, c, n) for n <= VL values from column c of row r on, all of them, in parallel.
-template <class T, class Each> FASTGPT_INLINE void for_values(long rows, long C, const Each& each) {
-    constexpr long piece = 8192; // values a task takes
-    const long height = C < piece ? piece / (C > 0 ? C : 1) : 1, across = (C + piece - 1) / piece;
+// piece(r, c, n) for n values from column c of row r on, all of them, in parallel.
+template <class T, class Piece> FASTGPT_INLINE void for_pieces(long rows, long C, const Piece& piece) {
+    constexpr long most = 8192; // values a task takes
+    const long height = C < most ? most / (C > 0 ? C : 1) : 1, across = (C + most - 1) / most;
     parallel_tasks((rows + height - 1) / height * across, [&](int64_t task) {
-        const long begin = task / across * height, from = task % across * piece;
-        const long width = C - from < piece ? C - from : piece;
-        for (long r = begin; r < begin + height && r < rows; r++)
-            for_channels<T>(width, [&](long c, int n) FASTGPT_LAMBDA { each(r, from + c, n); });
+        const long begin = task / across * height, c = task % across * most;
+        for (long r = begin; r < begin + height && r < rows; r++) piece(r, c, C - c < most ? C - c : most);
     });
 }
 
+constexpr long ahead = 256; // values: asked for this early, memory's time hides behind the arithmetic
+
 template <class T> void gelu_forward(const Rows<const T>& x, long C, T* y) {
-    for_values<T>(x.count, C, [&](long r, long c, int n) FASTGPT_LAMBDA {
-        const vec<T> v = load_first(x[r] + c, n);
-        store_first(y + r * C + c, v * Gate<T>(v).open, n);
+    for_pieces<T>(x.count, C, [&](long r, long c, long n) FASTGPT_LAMBDA {
+        const T* from = x[r] + c;
+        T* to = y + r * C + c;
+        for_channels<T>(n, [=](long i, int lanes) FASTGPT_LAMBDA {
+            __builtin_prefetch(from + i + ahead);
+            const vec<T> v = load_first(from + i, lanes);
+            store_first(to + i, v * Gate<T>(v).open, lanes);
+        });
     });
 }
 
 template <class T> void gelu_backward(const Rows<const T>& dy, const Rows<const T>& x, long C, T* dx) {
-    for_values<T>(x.count, C, [&](long r, long c, int n) FASTGPT_LAMBDA {
-        constexpr T slope = T(2 * 0.7978845608028654), square = slope * T(3 * 0.044715);
-        const vec<T> v = load_first(x[r] + c, n);
-        const Gate<T> s(v);
-        const vec<T> change = s.open * s.shut * (broadcast(slope) + broadcast(square) * v * v);
-        store_first(dx + r * C + c, load_first(dy[r] + c, n) * (s.open + v * change), n);
+    for_pieces<T>(x.count, C, [&](long r, long c, long n) FASTGPT_LAMBDA {
+        const T *grad = dy[r] + c, *from = x[r] + c;
+        T* to = dx + r * C + c;
+        for_channels<T>(n, [=](long i, int lanes) FASTGPT_LAMBDA {
+            __builtin_prefetch(from + i + ahead), __builtin_prefetch(grad + i + ahead);
+            constexpr T slope = T(2 * 0.7978845608028654), square = slope * T(3 * 0.044715);
+            const vec<T> v = load_first(from + i, lanes);
+            const Gate<T> s(v);
+            const vec<T> change = s.open * s.shut * (broadcast(slope) + broadcast(square) * v * v);
+            store_first(to + i, load_first(grad + i, lanes) * (s.open + v * change), lanes);
+        });
     });
 }
