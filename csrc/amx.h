@@ -59,7 +59,8 @@ struct Amx {
                 for (int p = 0; p < 3; p++) {
                     bits part;
                     __builtin_memcpy(&part, &rest, sizeof part);
-                    if (p < 2) part = (part + 0x8000u) & 0xFFFF0000u; // to 8 bits of mantissa; the last has 8 bits left
+                    if (p < 2) part += 0x8000u; // rounds to 8 bits of mantissa; the last part has no more
+                    part &= 0xFFFF0000u;        // but for numbers so small that their last bits have no exponent
                     vec<float> value;
                     __builtin_memcpy(&value, &part, sizeof value);
                     if (p < 2) rest -= value;

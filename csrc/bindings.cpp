@@ -323,6 +323,7 @@ double lm_loss(const py::array& hidden, const py::array& weight, const py::array
         matrix.expect_rank(2, "(V, C)");
         const auto W = lines<T>(matrix, V, C_weight);
         if (C_weight != C) refuse_product(matrix, "(V, " + std::to_string(C) + ")");
+        if (V == 0) refuse_product(matrix, "at least one token");
         Shape shape = shape_of(hidden);
         shape.pop_back();
         const int64_t* t = indices.input<int64_t>(shape);

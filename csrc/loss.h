@@ -20,11 +20,11 @@
 // making them anew in the backward would cost a fourth. (The idea is Liger-Kernel's.) Nothing is saved but the gradients
 // themselves. Without gradients, the first product alone is done.
 
-// Positions at a time: 56 MiB of logits, and at least one register's worth.
+// Positions at a time: at most 56 MiB of logits, in parts of equal size.
 template <class T> FASTGPT_INLINE long loss_rows(long M, long V) {
-    const long most = (56l << 20) / (V * long(sizeof(T))), parts = most > 0 ? (M + most - 1) / most : M;
-    const long rows = (M + parts - 1) / parts;
-    return (rows + 15) / 16 * 16 <= most ? (rows + 15) / 16 * 16 : rows;
+    const long fit = (56l << 20) / (V * long(sizeof(T))), most = fit > 0 ? fit : 1;
+    const long parts = M > 0 ? (M + most - 1) / most : 1, rows = (M + parts - 1) / parts, whole = (rows + 15) / 16 * 16;
+    return whole <= most ? whole : rows;
 }
 
 template <class T> FASTGPT_INLINE T largest(const T* l, long n) {

@@ -1,15 +1,18 @@
 """`fastgpt bench`: how fast each op, a training step and generation are, and how near to what the machine allows.
 
-Three contestants do the same work in one process: gpt.py's formula, the best that torch has, and the kernel. They take
-turns (A B C A B C ...), so whatever else the machine does hits all alike; what counts is the ratio of the medians.
-The limits, multiply-adds a second in registers and bytes a second from memory, are measured in the same run.
+The contestants do the same work in one process: gpt.py's formula, what torch has for it (its own function, that under
+torch.compile, a fused one where there is one), and the kernel. They take turns (A B C A B C ...), so whatever else the
+machine does hits all alike; what counts is the ratio of the kernel's median to the best of torch's. The limits,
+multiply-adds a second in registers and bytes a second from memory, are measured in the same run.
 """
 
 import argparse
 import ctypes
 import json
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
@@ -20,7 +23,7 @@ import torch.nn.functional as F
 
 import gpt
 
-from . import _kernels, ops
+from . import _kernels, check, ops
 
 
 def torch_attention(qkv, n_head):
@@ -33,6 +36,7 @@ TORCH = SimpleNamespace(
     layer_norm=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
     gelu=lambda x: F.gelu(x, approximate="tanh"),
     linear=F.linear,
+    linear_gelu=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
     attention=torch_attention,
     lm_loss=lambda hidden, weight, targets: F.cross_entropy(
         F.linear(hidden, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
@@ -41,7 +45,23 @@ TORCH = SimpleNamespace(
 
 TURN = 0.01  # seconds
 
-CONTESTANTS = {"formula": gpt, "torch": TORCH, "kernel": ops}
+
+def contestants(op, compiled):
+    """{name: function} of the formula, of torch's ways to compute it, and of the kernel, which comes last."""
+    ways = {"formula": getattr(check.FORMULAS, op), "torch": getattr(TORCH, op)}
+    if compiled:
+        torch.compiler.reset()
+        ways["compile"] = torch.compile(getattr(TORCH, op))
+    if op == "lm_loss" and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+
+        def fused(hidden, weight, targets, options):
+            return F.linear_cross_entropy(
+                hidden.flatten(0, -2), weight, targets.flatten(), ignore_index=-1, options=options
+            )
+
+        for policy in ("compact", "balanced", "accurate"):
+            ways[f"fused {policy}"] = partial(fused, options=torch.nn.LinearCrossEntropyOptions(acc_policy=policy))
+    return ways | {"kernel": getattr(ops, op)}
 
 
 def interleaved(functions, seconds, least=5):
@@ -96,7 +116,8 @@ def op_cases(quick):
     for K, N in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)) if not quick else ((C, 3 * C),):
         inputs = dict(x=normal(1024, K), weight=normal(N, K, scale=0.02), bias=normal(N))
         work = 2 * 1024 * K * N
-        cases.append(("linear", f"1024x{K} -> {N}", inputs, {}, (work, 3 * work), "GFLOP/s"))
+        for op in ("linear", "linear_gelu") if N == 4 * C else ("linear",):
+            cases.append((op, f"1024x{K} -> {N}", inputs, {}, (work, 3 * work), "GFLOP/s"))
     for B, T in ((4, 256), (1, 1024)) if quick else ((4, 256), (1, 1024), (1, 4096)):
         work = B * H * T * (T + 1) // 2 * 4 * (C // H)  # two products, the causal half only; seven with the backward
         inputs = dict(qkv=normal(B, T, 3 * C))
@@ -111,11 +132,12 @@ def op_cases(quick):
     return cases
 
 
-def bench_ops(quick, seconds, limit):
+def bench_ops(quick, seconds, limit, compiled):
     rows = []
     for op, title, inputs, options, work, unit in op_cases(quick):
         args = {name: x.requires_grad_() for name, x in inputs.items()}
-        grad = torch.randn_like(getattr(TORCH, op)(**args, **options).detach())
+        ways = contestants(op, compiled)
+        grad = torch.randn_like(ways["torch"](**args, **options).detach())
 
         def forward(function, args=args, options=options):
             with torch.no_grad():
@@ -125,7 +147,7 @@ def bench_ops(quick, seconds, limit):
             torch.autograd.grad(function(**args, **options), list(args.values()), grad)
 
         for part, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
-            functions = {name: partial(run, getattr(where, op)) for name, where in CONTESTANTS.items()}
+            functions = {name: partial(run, way) for name, way in ways.items()}
             rows.append(row(op, title, part, interleaved(functions, seconds), amount / 1e9, unit, limit))
             show(rows[-1])
     return rows
@@ -137,8 +159,10 @@ def row(op, title, part, times, amount, unit, limit):
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
         result[name] = dict(ms=middle * 1e3, spread=(high - low) / 2 / middle)
+    rivals = [name for name in times if name not in ("formula", "kernel")]
+    result["best"] = min(rivals, key=lambda name: result[name]["ms"])
     kernel = result["kernel"]["ms"]
-    result["ratio"] = result["torch"]["ms"] / kernel if "torch" in result else None
+    result["ratio"] = result[result["best"]]["ms"] / kernel
     result["rate"] = amount / kernel * 1e3
     bound = {"GFLOP/s": limit["gflops"], "GB/s": limit["gbs"]}.get(unit)
     result["share"] = result["rate"] / bound if bound else None
@@ -146,20 +170,21 @@ def row(op, title, part, times, amount, unit, limit):
 
 
 def header():
-    times = "".join(f"{name + ' ms':>17}" for name in CONTESTANTS)
-    print(f"{'op':<11}{'case':<20}{'part':<17}{times}{'torch/kernel':>14}{'rate':>18}{'of limit':>9}")
+    columns = f"{'formula ms':>16}{'torch ms':>16}{'best of torch ms':>32}{'kernel ms':>16}{'ratio':>8}{'rate':>16}"
+    print(f"{'op':<12}{'case':<20}{'part':<17}{columns}{'of limit':>10}")
 
 
 def show(r):
-    times = "".join(
-        f"{r[name]['ms']:>10.2f} ±{r[name]['spread']:>4.0%}" if name in r else f"{'-':>17}" for name in CONTESTANTS
-    )
+    def cell(name):
+        return f"{r[name]['ms']:.2f} ±{r[name]['spread']:3.0%}" if name in r else "-"
+
+    best = f"{r['best']} {cell(r['best'])}" if r["best"] != "torch" else ""
     share = f"{r['share']:.0%}" if r["share"] else "-"
-    rate = f"{r['rate']:>10.1f} {r['unit']:<7}"
-    print(f"{r['op']:<11}{r['case']:<20}{r['part']:<17}{times}{r['ratio']:>13.2f}x{rate}{share:>9}")
+    columns = f"{cell('formula'):>16}{cell('torch'):>16}{best:>32}{cell('kernel'):>16}{r['ratio']:>7.2f}x"
+    print(f"{r['op']:<12}{r['case']:<20}{r['part']:<17}{columns}{r['rate']:>8.1f} {r['unit']:<7}{share:>10}", flush=True)
 
 
-def bench_models(quick, seconds, limit):
+def bench_models(quick, seconds, limit, compiled):
     """A whole training step (loss, gradients, AdamW) and generation, with each set of formulas."""
     rows = []
     small = gpt.GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=257)
@@ -167,30 +192,81 @@ def bench_models(quick, seconds, limit):
     if not quick:
         cases.append(("GPT-2 124M", gpt.GPTConfig(block_size=256), 1))
     for title, config, B in cases:
-        models = {name: gpt.GPT(config, where) for name, where in CONTESTANTS.items()}
+        models = {"formula": gpt.GPT(config), "torch": gpt.GPT(config, TORCH), "kernel": gpt.GPT(config, ops)}
+        losses = {name: model.loss for name, model in models.items()}
+        if compiled:
+            torch.compiler.reset()
+            models["compile"] = gpt.GPT(config, TORCH)
+            losses["compile"] = torch.compile(models["compile"].loss)
         optimizers = {name: gpt.make_optimizer(model, 1e-4, 0.99, 0.1) for name, model in models.items()}
         tokens = torch.randint(config.vocab_size, (B, config.block_size + 1))
 
-        def step(name, models=models, optimizers=optimizers, tokens=tokens):
-            models[name].loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        def step(name, losses=losses, optimizers=optimizers, tokens=tokens):
+            losses[name](tokens[:, :-1], tokens[:, 1:]).backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
 
         n = sum(p.numel() for p in models["kernel"].parameters())
-        functions = {name: (lambda name=name: step(name)) for name in models}
         done = 6 * n * B * config.block_size / 1e9
         case = f"B{B} T{config.block_size}, {n / 1e6:.1f}M"
-        rows.append(row("train step", case, title, interleaved(functions, 2 * seconds), done, "GFLOP/s", limit))
+        times = interleaved({name: partial(step, name) for name in models}, 2 * seconds)
+        rows.append(row("train step", case, title, times, done, "GFLOP/s", limit))
         show(rows[-1])
+        models.pop("compile", None)  # each token makes the cache longer: a new compilation for each
 
         def generate(model, prompt=tokens[:1, :8]):
             model.generate(prompt, 24, temperature=0)
 
-        functions = {name: (lambda model=model: generate(model)) for name, model in models.items()}
-        times = interleaved(functions, 2 * seconds)
+        times = interleaved({name: partial(generate, model) for name, model in models.items()}, 2 * seconds)
         rows.append(row("generate", "24 tokens", title, times, 24, "token/s", limit))
         show(rows[-1])
     return rows
+
+
+def balance(seconds):
+    """How much faster two threads are than one with a single head, which both must share."""
+    qkv = torch.randn(1, 4096, 3 * 64, requires_grad=True)
+    grad = torch.randn(1, 4096, 64)
+    threads = torch.get_num_threads()
+
+    def run(n):
+        torch.set_num_threads(n)
+        torch.autograd.grad(ops.attention(qkv, 1), qkv, grad)
+
+    times = interleaved({n: partial(run, n) for n in (1, 2)}, seconds)
+    torch.set_num_threads(threads)
+    ratio = statistics.median(times[1]) / statistics.median(times[2])
+    print(f"attention of one head, T 4096, forward+backward: 2 threads are {ratio:.2f} times as fast as 1")
+    return ratio
+
+
+def peak_memory():
+    """The most MiB that this process has held so far."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:  # getrusage would begin with the parent's peak
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 * 1024)
+
+
+def attention_memory(what, T):
+    """MiB that attention forward+backward of B1 H12 D64 takes on top of qkv. Once in a process."""
+    qkv = torch.randn(1, T, 3 * 768, requires_grad=True)
+    before = peak_memory()
+    {"kernel": ops.attention, "torch": torch_attention}[what](qkv, 12).sum().backward()
+    return peak_memory() - before
+
+
+def memory():
+    """attention_memory for two lengths: it should double with T; T x T scores would need four times as much."""
+    results = {}
+    for what in ("kernel", "torch"):
+        for T in (16384, 32768):
+            code = f"from fastgpt import bench; print(bench.attention_memory({what!r}, {T}))"
+            results[f"{what} {T}"] = float(subprocess.check_output([sys.executable, "-c", code]))
+    print("attention B1 H12 D64 forward+backward, peak memory on top of qkv: ", end="")
+    print(", ".join(f"{name} {mib:.0f} MiB" for name, mib in results.items()))
+    return results
 
 
 def keep_memory():
@@ -216,12 +292,12 @@ def plot(rows, path):
     axes.bar_label(bars, fmt="%.2fx", padding=3)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("speed of the kernel, torch = 1")
+    axes.set_xlabel("speed of the kernel, best of torch = 1")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def run(quick=False, seconds=2.0):
+def run(quick=False, seconds=2.0, compiled=False):
     """Print the report. -> everything in it, as a dictionary"""
     keep_memory()
     torch.manual_seed(0)
@@ -230,18 +306,22 @@ def run(quick=False, seconds=2.0):
     print(f"torch {about['torch']}, {about['isa']}, {about['threads']} threads; limits measured now: ", end="")
     print(f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory")
     header()
-    rows = bench_ops(quick, seconds, limit) + bench_models(quick, seconds, limit)
-    return dict(about=about, limits=limit, rows=rows)
+    rows = bench_ops(quick, seconds, limit, compiled) + bench_models(quick, seconds, limit, compiled)
+    results = dict(about=about, limits=limit, rows=rows)
+    if not quick:
+        results |= dict(balance=balance(2 * seconds), memory=memory())
+    return results
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, no torch.compile")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each line (default 2)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios here")
     args = parser.parse_args(argv)
-    results = run(args.quick, args.seconds)
+    results = run(args.quick, args.seconds, not (args.quick or args.no_compile))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)

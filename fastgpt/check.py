@@ -9,12 +9,19 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 import gpt
 
 from . import ops
+
+# gpt.py's formulas, and the pair that fastgpt computes in one pass.
+FORMULAS = SimpleNamespace(
+    **{name: getattr(gpt, name) for name in gpt.FORMULAS},
+    linear_gelu=lambda x, weight, bias=None: gpt.gelu(gpt.linear(x, weight, bias)),
+)
 
 FLOOR = 2.0  # roundings (of 2^-23) of the largest true value: for results that the reference happens to hit exactly
 
@@ -23,6 +30,7 @@ CASES = {
     "layer_norm": [(1, 48), (2, 64), (65, 769), (128, 768), (3, 97, 1600), (0, 48), (1000, 5)],
     "gelu": [(1,), (65, 48), (3, 97, 769), (0, 48)],
     "linear": [(1, 48, 64), (65, 769, 48), (97, 64, 257), (0, 48, 64), (128, 768, 2304)],
+    "linear_gelu": [(1, 48, 64), (65, 769, 48), (97, 64, 257), (0, 48, 64), (128, 768, 768)],
     "attention": [  # B, T, H, D
         (1, 1, 1, 64),
         (3, 2, 2, 8),
@@ -75,7 +83,7 @@ def make_inputs(op, shape, seed=0):
         return dict(x=normal(*shape, scale=2.0, shift=0.5), weight=normal(C, shift=1.0), bias=normal(C)), {}
     if op == "gelu":
         return dict(x=normal(*shape, scale=3.0)), {}
-    if op == "linear":
+    if op in ("linear", "linear_gelu"):
         n, K, N = shape
         return dict(x=normal(n, K), weight=normal(N, K, scale=0.2), bias=normal(N)), {}
     if op == "attention":
@@ -116,7 +124,7 @@ def compare(op, shape, seed=0, kernel=None, inputs=None, options=None, wanted=No
     """Compare one op's kernel (or another function in its place) with gpt.py's formula. -> a Row for each tensor"""
     if inputs is None:
         inputs, options = make_inputs(op, shape, seed)
-    formula, kernel = getattr(gpt, op), kernel or getattr(ops, op)
+    formula, kernel = getattr(FORMULAS, op), kernel or getattr(ops, op)
     return compare_results(
         op,
         shape,
