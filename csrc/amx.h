@@ -134,7 +134,7 @@ struct Amx {
         const auto load_b = [&](int part) FASTGPT_LAMBDA {
             load_tile<6>(b + 2048 * part), load_tile<7>(b + 2048 * part + 1024);
         };
-        const auto multiply_all = [] FASTGPT_LAMBDA {
+        const auto multiply_all = []() FASTGPT_LAMBDA {
             multiply<0, 4, 6>(), multiply<1, 4, 7>(), multiply<2, 5, 6>(), multiply<3, 5, 7>();
         };
         __asm__ volatile("" ::: "memory"); // what was packed is in memory now

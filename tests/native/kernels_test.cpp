@@ -1,0 +1,274 @@
+// The kernels alone, without Python: each against its formula in plain loops, on every instruction set that this
+// processor has. For processors that only an emulator has, and for sanitizers.
+//
+// The rule is fastgpt/check.py's: truth is the formula in more digits (here long double); a kernel's error is at most
+// twice that of the formula in the kernel's own type, plus two roundings of the largest true value. Exit status: 1 if any
+// tensor fails.
+
+#include "../../csrc/kernels.h"
+#include "../../csrc/parallel.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace fastgpt {
+ThreadPool pool;
+}
+using namespace fastgpt;
+
+using Real = long double; // for the truth
+
+template <class T> using Values = std::vector<T>;
+template <class To, class From> Values<To> as(const Values<From>& x) { return Values<To>(x.begin(), x.end()); }
+
+static std::mt19937_64 generator(1);
+static Values<Real> normal(long n, double scale = 1, double shift = 0) {
+    std::normal_distribution<double> d(shift, scale);
+    Values<Real> x(n);
+    for (auto& v : x) v = float(d(generator)); // exact in every type
+    return x;
+}
+
+static int failed = 0, compared = 0;
+
+template <class T> void compare(const std::string& what, const Values<Real>& truth, const Values<T>& formula,
+                                const Values<T>& kernel) {
+    Real largest = 0, of_formula = 0, of_kernel = 0;
+    for (size_t i = 0; i < truth.size(); i++) {
+        largest = std::max(largest, std::fabs(truth[i]));
+        of_formula = std::max(of_formula, std::fabs(formula[i] - truth[i]));
+        const Real error = std::fabs(kernel[i] - truth[i]);
+        of_kernel = error <= of_kernel ? of_kernel : error; // NaN stays
+    }
+    const Real bound = 2 * of_formula + 2 * std::numeric_limits<T>::epsilon() * largest;
+    compared++;
+    if (!(of_kernel <= bound)) {
+        failed++;
+        printf("FAILED %s: error %.2e, expected <= %.2e\n", what.c_str(), double(of_kernel), double(bound));
+    }
+}
+
+// One formula evaluated in R; `run` gets the inputs in R and returns all results, one behind the other.
+using Inputs = std::vector<Values<Real>>;
+template <class T, class Formula, class Kernel>
+void check(const std::string& what, const Inputs& inputs, const Formula& formula, const Kernel& kernel) {
+    std::vector<Values<T>> typed;
+    for (const auto& x : inputs) typed.push_back(as<T>(x));
+    const auto truth = formula(inputs);
+    const auto plain = formula(typed), fast = kernel(typed);
+    for (size_t i = 0; i < truth.size(); i++) compare<T>(what + " result " + std::to_string(i), truth[i], plain[i], fast[i]);
+}
+
+template <class T> const KernelsFor<T>& of(const Kernels& k);
+template <> const KernelsFor<float>& of(const Kernels& k) { return k.f32; }
+template <> const KernelsFor<double>& of(const Kernels& k) { return k.f64; }
+
+template <class T> Rows<const T> rows(const Values<T>& x, long width) {
+    return Rows<const T>::contiguous(x.data(), width ? long(x.size()) / width : 0, width);
+}
+
+template <class T> void layer_norm(const Kernels& k, const std::string& isa, long R, long C) {
+    const auto formula = [=](const auto& in) {
+        using V = std::decay_t<decltype(in[0])>;
+        using F = typename V::value_type;
+        const V &x = in[0], &w = in[1], &b = in[2], &g = in[3];
+        V y(R * C), dx(R * C), dw(C), db(C);
+        for (long r = 0; r < R; r++) {
+            F mean = 0, variance = 0, a = 0, c = 0;
+            for (long i = 0; i < C; i++) mean += x[r * C + i];
+            mean /= F(C);
+            for (long i = 0; i < C; i++) variance += (x[r * C + i] - mean) * (x[r * C + i] - mean);
+            const F rstd = 1 / std::sqrt(variance / F(C) + F(1e-5L));
+            for (long i = 0; i < C; i++) {
+                const F xhat = (x[r * C + i] - mean) * rstd;
+                y[r * C + i] = xhat * w[i] + b[i];
+                dw[i] += g[r * C + i] * xhat, db[i] += g[r * C + i];
+                a += g[r * C + i] * w[i], c += g[r * C + i] * w[i] * xhat;
+            }
+            for (long i = 0; i < C; i++)
+                dx[r * C + i] = rstd * (g[r * C + i] * w[i] - a / F(C) - (x[r * C + i] - mean) * rstd * c / F(C));
+        }
+        return std::vector<V>{y, dx, dw, db};
+    };
+    check<T>(isa + " layer_norm", {normal(R * C, 2, .5), normal(C, 1, 1), normal(C), normal(R * C)}, formula,
+             [&](const std::vector<Values<T>>& in) {
+                 Values<T> y(R * C), dx(R * C), dw(C), db(C), mean(R), rstd(R);
+                 of<T>(k).layer_norm_forward(rows(in[0], C), in[1].data(), in[2].data(), T(1e-5), C, y.data(),
+                                             mean.data(), rstd.data());
+                 of<T>(k).layer_norm_backward(rows(in[3], C), rows(in[0], C), in[1].data(), mean.data(), rstd.data(), C,
+                                              dx.data(), dw.data(), db.data());
+                 return std::vector<Values<T>>{y, dx, dw, db};
+             });
+}
+
+template <class F> F gelu(F x) { return x / 2 * (1 + std::tanh(F(0.797884560802865355879892119868763737L) * (x + F(0.044715L) * x * x * x))); }
+
+template <class T> void gelus(const Kernels& k, const std::string& isa, long R, long C) {
+    const auto formula = [=](const auto& in) {
+        using V = std::decay_t<decltype(in[0])>;
+        using F = typename V::value_type;
+        V y(R * C), dx(R * C);
+        for (long i = 0; i < R * C; i++) {
+            const F x = in[0][i], root = F(0.797884560802865355879892119868763737L), t = std::tanh(root * (x + F(0.044715L) * x * x * x));
+            y[i] = gelu(x);
+            dx[i] = in[1][i] * ((1 + t) / 2 + x / 2 * (1 - t * t) * root * (1 + 3 * F(0.044715L) * x * x));
+        }
+        return std::vector<V>{y, dx};
+    };
+    check<T>(isa + " gelu", {normal(R * C, 3), normal(R * C)}, formula, [&](const std::vector<Values<T>>& in) {
+        Values<T> y(R * C), dx(R * C);
+        of<T>(k).gelu_forward(rows(in[0], C), C, y.data());
+        of<T>(k).gelu_backward(rows(in[1], C), rows(in[0], C), C, dx.data());
+        return std::vector<Values<T>>{y, dx};
+    });
+}
+
+template <class T>
+void matmul(const Kernels& k, const std::string& isa, long M, long N, long K, bool A_transposed, bool B_transposed) {
+    const auto formula = [=](const auto& in) {
+        using V = std::decay_t<decltype(in[0])>;
+        using F = typename V::value_type;
+        V c(M * N), y(M * N), g(M * N);
+        for (long m = 0; m < M; m++)
+            for (long n = 0; n < N; n++) {
+                F sum = 0;
+                for (long i = 0; i < K; i++)
+                    sum += in[0][A_transposed ? i * M + m : m * K + i] * in[1][B_transposed ? n * K + i : i * N + n];
+                c[m * N + n] = in[3][m * N + n] + sum;
+                y[m * N + n] = sum + in[2][n], g[m * N + n] = gelu(sum + in[2][n]);
+            }
+        return std::vector<V>{c, y, g, g};
+    };
+    check<T>(isa + " matmul", {normal(M * K), normal(K * N, .2), normal(N), normal(M * N)}, formula,
+             [&](const std::vector<Values<T>>& in) {
+                 Values<T> c = in[3], y(M * N), g(M * N), alone(M * N);
+                 const auto A = rows(in[0], A_transposed ? M : K), B = rows(in[1], B_transposed ? K : N);
+                 of<T>(k).matmul({M, N, K, A, A_transposed, B, B_transposed, c.data(), true});
+                 of<T>(k).matmul(
+                     {M, N, K, A, A_transposed, B, B_transposed, y.data(), false, in[2].data(), g.data()});
+                 of<T>(k).matmul(
+                     {M, N, K, A, A_transposed, B, B_transposed, alone.data(), false, in[2].data(), alone.data()});
+                 return std::vector<Values<T>>{c, y, g, alone};
+             });
+}
+
+template <class T> void lm_loss(const Kernels& k, const std::string& isa, long M, long C, long V_) {
+    std::vector<int64_t> targets(M);
+    long count = 0;
+    for (long i = 0; i < M; i++) targets[i] = i % 5 == 3 ? -1 : int64_t(generator() % V_), count += targets[i] >= 0;
+    const auto formula = [=](const auto& in) {
+        using V = std::decay_t<decltype(in[0])>;
+        using F = typename V::value_type;
+        const V &h = in[0], &w = in[1];
+        V loss(1), dh(M * C), dw(V_ * C), l(V_);
+        for (long m = 0; m < M; m++) {
+            if (targets[m] < 0) continue;
+            F top = -1e30, sum = 0;
+            for (long v = 0; v < V_; v++) {
+                l[v] = 0;
+                for (long c = 0; c < C; c++) l[v] += h[m * C + c] * w[v * C + c];
+                top = std::max(top, l[v]);
+            }
+            for (long v = 0; v < V_; v++) sum += std::exp(l[v] - top);
+            loss[0] += (std::log(sum) + top - l[targets[m]]) / F(count);
+            for (long v = 0; v < V_; v++) {
+                const F dl = (std::exp(l[v] - top) / sum - F(v == targets[m])) / F(count);
+                for (long c = 0; c < C; c++) dh[m * C + c] += dl * w[v * C + c], dw[v * C + c] += dl * h[m * C + c];
+            }
+        }
+        return std::vector<V>{loss, dh, dw};
+    };
+    check<T>(isa + " lm_loss", {normal(M * C), normal(V_ * C, .2)}, formula, [&](const std::vector<Values<T>>& in) {
+        Values<T> loss(1), dh(M * C), dw(V_ * C);
+        loss[0] = T(of<T>(k).lm_loss(rows(in[0], C), rows(in[1], C), targets.data(), M, C, V_, dh.data(), dw.data()));
+        return std::vector<Values<T>>{loss, dh, dw};
+    });
+}
+
+template <class T> void attention(const Kernels& k, const std::string& isa, long B, long T_, long H, long D) {
+    const long C = H * D;
+    const auto formula = [=](const auto& in) {
+        using V = std::decay_t<decltype(in[0])>;
+        using F = typename V::value_type;
+        const V &x = in[0], &g = in[1];
+        V out(B * T_ * C), dx(B * T_ * 3 * C), p(T_), dp(T_);
+        const F scale = 1 / std::sqrt(F(D));
+        for (long b = 0; b < B; b++)
+            for (long h = 0; h < H; h++)
+                for (long i = 0; i < T_; i++) {
+                    const auto at = [&](long t, long part) { return (b * T_ + t) * 3 * C + part * C + h * D; };
+                    const long o = (b * T_ + i) * C + h * D;
+                    F top = -1e30, sum = 0, mean = 0;
+                    for (long j = 0; j <= i; j++) {
+                        p[j] = dp[j] = 0;
+                        for (long d = 0; d < D; d++)
+                            p[j] += x[at(i, 0) + d] * x[at(j, 1) + d], dp[j] += g[o + d] * x[at(j, 2) + d];
+                        p[j] *= scale, top = std::max(top, p[j]);
+                    }
+                    for (long j = 0; j <= i; j++) sum += p[j] = std::exp(p[j] - top);
+                    for (long j = 0; j <= i; j++) p[j] /= sum, mean += p[j] * dp[j];
+                    for (long j = 0; j <= i; j++)
+                        for (long d = 0; d < D; d++) {
+                            const F ds = p[j] * (dp[j] - mean) * scale;
+                            out[o + d] += p[j] * x[at(j, 2) + d], dx[at(j, 2) + d] += p[j] * g[o + d];
+                            dx[at(i, 0) + d] += ds * x[at(j, 1) + d], dx[at(j, 1) + d] += ds * x[at(i, 0) + d];
+                        }
+                }
+        return std::vector<V>{out, dx};
+    };
+    check<T>(isa + " attention", {normal(B * T_ * 3 * C), normal(B * T_ * C)}, formula,
+             [&](const std::vector<Values<T>>& in) {
+                 Values<T> out(B * T_ * C), dx(B * T_ * 3 * C), lse(B * H * T_);
+                 const AttentionShape shape{B, T_, H, D, 0, 0};
+                 const Sequence<const T> qkv{in[0].data(), T_ * 3 * C, 3 * C}, g{in[1].data(), T_ * C, C};
+                 of<T>(k).attention_forward(shape, qkv, out.data(), lse.data());
+                 of<T>(k).attention_backward(shape, g, qkv, {out.data(), T_ * C, C}, lse.data(), dx.data());
+                 return std::vector<Values<T>>{out, dx};
+             });
+}
+
+template <class T> void all(const Kernels& k, const std::string& isa) {
+    for (long C : {5, 48, 769}) layer_norm<T>(k, isa, 37, C);
+    for (long C : {1, 31, 9000}) gelus<T>(k, isa, 3, C);
+    for (bool a : {false, true})
+        for (bool b : {false, true}) {
+            matmul<T>(k, isa, 65, 51, 300, a, b), matmul<T>(k, isa, 1, 1, 1, a, b), matmul<T>(k, isa, 96, 96, 64, a, b);
+            matmul<T>(k, isa, 530, 33, 20, a, b), matmul<T>(k, isa, 3, 5, 0, a, b);
+        }
+    lm_loss<T>(k, isa, 9, 16, 50257), lm_loss<T>(k, isa, 70, 33, 65);
+    for (long t : {1, 2, 63, 65, 97, 300}) attention<T>(k, isa, 2, t, 2, t % 2 ? 16 : 64);
+    attention<T>(k, isa, 1, 100, 1, 5), attention<T>(k, isa, 1, 130, 1, 80);
+}
+
+// A pool of two threads, so that a sanitizer sees the kernels' sharing.
+static int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+    std::vector<std::thread> threads;
+    for (int64_t i = begin; i < end; i++) threads.emplace_back([=] { body(i, i + 1, context); });
+    for (auto& t : threads) t.join();
+    return 0;
+}
+
+int main(int count, char** names) {
+    pool.parallel_for = parallel_for;
+    pool.num_threads = [](uint32_t* n) { return *n = 2, 0; };
+    for (const Kernels* k = kernels_begin; k < kernels_end; k++) {
+        if (!k->runs_here()) {
+            printf("%s: not on this processor\n", k->name);
+            continue;
+        }
+        if (count > 1 && std::none_of(names + 1, names + count, [&](const char* n) { return !strcmp(n, k->name); }))
+            continue;
+        all<float>(*k, std::string(k->name) + " float");
+        all<double>(*k, std::string(k->name) + " double");
+        printf("%s: done\n", k->name);
+    }
+    printf("%d passed, %d failed\n", compared - failed, failed);
+    return failed > 0;
+}
