@@ -28,12 +28,14 @@
 struct Amx {
     static constexpr int MR = 32, NR = 32, depth = 32; // depth: terms in a tile
     static constexpr long KC = 384, most_rows = 512, most_columns = 1536, row_unit = MR;
-    static constexpr bool writes_whole_tiles = false;
     static constexpr long bytes = 3 * 2; // that a float takes in its three parts
 
     // In floats.
     static FASTGPT_INLINE long strip_size(long kc) { return MR * ((kc + depth - 1) / depth * depth) * bytes / 4; }
     static FASTGPT_INLINE long panel_size(long kc) { return strip_size(kc) / MR * NR; }
+
+    // In C without a buffer: tiles are slow to write across cache lines.
+    static FASTGPT_INLINE bool fits(long width, long line) { return width == NR && line % 16 == 0; }
 
     // 16 lines of 32 values (`along` the terms), or 32 lines of 16, become the tiles of their three parts, 2048 bytes
     // apart. Pair i of a line is made of terms i and 16 + i: the order of the terms is free, so long as A and B agree.
@@ -104,11 +106,11 @@ struct Amx {
 
     // The instructions, by name: compilers differ in what their own functions for them accept.
     template <int TILE> static FASTGPT_INLINE void zero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
-    template <int TILE> static FASTGPT_INLINE void load_tile(const char* lines) {
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(lines), "r"(64l), "i"(TILE));
+    template <int TILE> static FASTGPT_INLINE void load_tile(const void* lines, long stride) { // in bytes
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(lines), "r"(stride), "i"(TILE));
     }
-    template <int TILE> static FASTGPT_INLINE void store_tile(float* lines) {
-        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(lines), "r"(NR * 4l), "i"(TILE) : "memory");
+    template <int TILE> static FASTGPT_INLINE void store_tile(void* lines, long stride) {
+        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(lines), "r"(stride), "i"(TILE) : "memory");
     }
     template <int SUMS, int A, int B> static FASTGPT_INLINE void multiply() {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
@@ -125,20 +127,25 @@ struct Amx {
     }
     static FASTGPT_INLINE void end() { __asm__ volatile("tilerelease"); }
 
-    // The sums (32, 32) of a strip and a panel; never to C itself.
-    static FASTGPT_NOINLINE void tile(long kc, const float* strip, const float* panel, long, float* sums, long, bool) {
+    // to (32, 32), lines `line` values apart, = or += the sums of a strip and a panel.
+    static FASTGPT_NOINLINE void tile(long kc, const float* strip, const float* panel, long, float* to, long line,
+                                      bool add) {
         const char *a = reinterpret_cast<const char*>(strip), *b = reinterpret_cast<const char*>(panel);
         const auto load_a = [&](int part) FASTGPT_LAMBDA {
-            load_tile<4>(a + 2048 * part), load_tile<5>(a + 2048 * part + 1024);
+            load_tile<4>(a + 2048 * part, 64), load_tile<5>(a + 2048 * part + 1024, 64);
         };
         const auto load_b = [&](int part) FASTGPT_LAMBDA {
-            load_tile<6>(b + 2048 * part), load_tile<7>(b + 2048 * part + 1024);
+            load_tile<6>(b + 2048 * part, 64), load_tile<7>(b + 2048 * part + 1024, 64);
         };
         const auto multiply_all = []() FASTGPT_LAMBDA {
             multiply<0, 4, 6>(), multiply<1, 4, 7>(), multiply<2, 5, 6>(), multiply<3, 5, 7>();
         };
+        const long stride = line * 4;
         __asm__ volatile("" ::: "memory"); // what was packed is in memory now
-        zero<0>(), zero<1>(), zero<2>(), zero<3>();
+        if (add) {
+            load_tile<0>(to, stride), load_tile<1>(to + 16, stride);
+            load_tile<2>(to + 16 * line, stride), load_tile<3>(to + 16 * line + 16, stride);
+        } else zero<0>(), zero<1>(), zero<2>(), zero<3>();
         for (long k = 0; k < kc; k += depth, a += MR * depth * bytes, b += NR * depth * bytes) {
             load_b(0), load_a(2), multiply_all(); // a2 b0
             load_a(1), multiply_all();            // a1 b0
@@ -147,7 +154,7 @@ struct Amx {
             load_b(1), multiply_all();            // a0 b1
             load_a(1), multiply_all();            // a1 b1
         }
-        store_tile<0>(sums), store_tile<1>(sums + 16);
-        store_tile<2>(sums + 16 * NR), store_tile<3>(sums + 16 * NR + 16);
+        store_tile<0>(to, stride), store_tile<1>(to + 16, stride);
+        store_tile<2>(to + 16 * line, stride), store_tile<3>(to + 16 * line + 16, stride);
     }
 };

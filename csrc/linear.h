@@ -45,11 +45,11 @@ template <class Engine> struct Blocks {
 template <class T> struct Fma {
     static constexpr long MR = FASTGPT_MR, NR = NV * VL<T>, KC = 256;
     static constexpr long most_rows = 512, most_columns = 1536, row_unit = MR > VL<T> ? MR : VL<T>;
-    static constexpr bool writes_whole_tiles = true; // to C, without a buffer
 
     // In values of T.
     static FASTGPT_INLINE long strip_size(long kc) { return MR * kc; }
     static FASTGPT_INLINE long panel_size(long kc) { return NR * kc; }
+    static FASTGPT_INLINE bool fits(long width, long) { return width % VL<T> == 0; } // in C without a buffer
     static FASTGPT_INLINE void begin() {}
     static FASTGPT_INLINE void end() {}
 
@@ -124,7 +124,7 @@ FASTGPT_NOINLINE bool add_terms(const Product<T>& p, long m0, long m_end, long n
             const T* strip = strips + (m - m0) / MR * Engine::strip_size(kc);
             const long rows = m_end - m < MR ? m_end - m : MR;
             T* c = p.C + m * p.N + n;
-            if (Engine::writes_whole_tiles && rows == MR && width % VL<T> == 0)
+            if (rows == MR && Engine::fits(width, p.N))
                 Engine::tile(kc, strip, panel, width, c, p.N, !first);
             else {
                 Engine::tile(kc, strip, panel, width, sums, NR, false);

@@ -53,14 +53,10 @@ def contestants(op, compiled):
         torch.compiler.reset()
         ways["compile"] = torch.compile(getattr(TORCH, op))
     if op == "lm_loss" and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
-
-        def fused(hidden, weight, targets, options):
-            return F.linear_cross_entropy(
-                hidden.flatten(0, -2), weight, targets.flatten(), ignore_index=-1, options=options
-            )
-
-        for policy in ("compact", "balanced", "accurate"):
-            ways[f"fused {policy}"] = partial(fused, options=torch.nn.LinearCrossEntropyOptions(acc_policy=policy))
+        options = torch.nn.LinearCrossEntropyOptions(acc_policy="compact")  # of its policies the fastest here
+        ways["fused"] = lambda hidden, weight, targets: F.linear_cross_entropy(
+            hidden.flatten(0, -2), weight, targets.flatten(), ignore_index=-1, options=options
+        )
     return ways | {"kernel": getattr(ops, op)}
 
 
