@@ -35,11 +35,6 @@
 constexpr int NQ = 96, NK = 64; // NQ is a multiple of NV * VL for every instruction set, NK of MR and VL
 static_assert(NQ % (NV * VL<float>) == 0 && NK % MR == 0 && NK % VL<float> == 0);
 
-template <class T> FASTGPT_INLINE long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
-
-// Head size, as rows for the microkernel's MR and as lanes: both are powers of 2.
-template <class T> FASTGPT_INLINE int padded(long D) { return int(round_up<T>(D, MR > VL<T> ? MR : VL<T>)); }
-
 // What queries q0 .. q0 + n - 1 see of keys k0 .. k0 + keys - 1. Columns are queries, in panels of registers.
 template <class T> struct Tile {
     long q0, k0;
@@ -76,15 +71,7 @@ template <class T> struct Tile {
     }
 };
 
-// Copy `rows` rows of D values into lines of `line`, zero behind them and in rows up to `all`.
-template <class T> FASTGPT_NOINLINE void pack(const T* from, long stride, int rows, int all, long D, T* to, int line) {
-    for (int i = 0; i < all; i++, to += line) {
-        long d = 0;
-        if (i < rows)
-            for (; d < D; d++) to[d] = from[i * stride + d];
-        for (; d < line; d++) to[d] = 0;
-    }
-}
+template <class T> FASTGPT_INLINE T base2_scale(long D) { return T(1.4426950408889634 / __builtin_sqrt(double(D))); }
 
 // Rows of one head are D values each, far apart, so the processor can't guess the next. Ask for rows
 // n * part / parts to n * (part + 1) / parts of n.
@@ -93,35 +80,153 @@ template <class T> FASTGPT_INLINE void prefetch_rows(const T* p, long stride, lo
         for (long d = 0; d < D; d += 64 / long(sizeof(T))) __builtin_prefetch(p + i * stride + d, 0, 2);
 }
 
-template <class T> FASTGPT_INLINE T base2_scale(long D) { return T(1.4426950408889634 / __builtin_sqrt(double(D))); }
+// Rows of one head, `stride` values apart.
+template <class T> struct HeadRows {
+    const T* data;
+    long stride;
+    FASTGPT_INLINE const T* operator()(long i) const { return data + i * stride; }
+};
 
-// K and V of one head in strips, for a worker that takes several tasks of that head in a row.
-template <class T> struct HeadCopy {
-    T *K, *V; // strips of keys, term by term along D; strips of channels, term by term along the keys
-    long Tp, Dp;
-    long head = -1, keys = 0; // what is there
+// Attention's seven matrix products, and the copies of Q, K, V and dO in the order in which the microkernel reads them.
+// attention_amx.h has the same for AMX. Methods that return bool tell whether this way can take the values at all; S, P,
+// dP and dS are lines of queries, one line a key.
+template <class T> class FmaAttention {
+  public:
+    static constexpr int NR = NV * VL<T>; // queries in a panel
+    static constexpr int row_unit = 1;    // P and dS are read up to a multiple of so many keys, and columns of NR
 
-    static long size(long T_, long Dp) { return 2 * round_up<T>(T_, NK) * Dp; }
-    HeadCopy(T* memory, long T_, long Dp) : K(memory), V(memory + round_up<T>(T_, NK) * Dp), Tp(round_up<T>(T_, NK)), Dp(Dp) {}
+    static int padded(long D) { // as rows for the microkernel's MR and as lanes: both are powers of 2
+        return int(round_up(D, MR > VL<T> ? MR : VL<T>));
+    }
+    static long forward_size(long keys, long D) { return 2 * round_up(keys, NK) * padded(D) + padded(D) * NQ; }
+    static long backward_size(long keys, long D) { return 3 * round_up(keys, NK) * padded(D) + 4 * padded(D) * NQ; }
+    static FASTGPT_INLINE void begin() {}
+    static FASTGPT_INLINE void end() {}
 
-    StripsOf<T> K_from(long key) const { return {K + key * Dp, MR * Dp}; }
-    StripsOf<T> V_from(long key) const { return {V + key * MR, MR * Tp}; }
+    FmaAttention(T* memory, long keys, long D) : D(D), Dp(padded(D)), all(round_up(keys, NK)) {
+        K = memory, V = K + all * Dp, KT = V + all * Dp, QT = KT; // the forward has no KT
+    }
 
-    // k and v: where row 0 is; rows are `time` values apart.
-    FASTGPT_NOINLINE void fill(long new_head, long n, const T* k, const T* v, long time, long D) {
-        if (head == new_head && keys >= n) return;
-        head = new_head, keys = n;
-        strips_from_rows<T>(n, D, [&](long j) FASTGPT_LAMBDA { return k + j * time; }, K, MR * Dp);
-        strips_from_terms<T>(D, n, [&](long j) FASTGPT_LAMBDA { return v + j * time; }, V, MR * Tp);
-        for (long d = 0; d < Dp; d += MR) // behind the last key: P is 0 there, and 0 times garbage may be NaN
-            for (long i = n * MR; i < round_up<T>(n, MR) * MR; i++) V[d * Tp + i] = 0;
+    // ---- forward
+
+    // K and V of a head; they stay for the next blocks of its queries.
+    FASTGPT_NOINLINE bool keys_and_values(long new_head, long n, HeadRows<T> k, HeadRows<T> v) {
+        if (head == new_head && filled >= n) return true;
+        head = new_head, filled = n;
+        strips_from_rows<T>(n, D, k, K, MR * Dp);
+        strips_of_channels(n, v, V);
+        return true;
+    }
+    bool queries(HeadRows<T> q, int n) {
+        for (int p = 0; p < n; p += NR) columns(q(p), q.stride, n - p < NR ? n - p : NR, QT + p * Dp, NR, base2_scale<T>(D));
+        return true;
+    }
+    // S^T = K Q^T for the panel of queries from p on.
+    FASTGPT_INLINE void scores(const Tile<T>& tile, int p, T* S) const {
+        tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA {
+            const StripsOf<T> k{K + (tile.k0 + row) * Dp, MR * Dp};
+            panel_product<T, false>(rows, (tile.lanes - c) / VL<T>, D, k, QT + p * Dp + c, NR, S + row * NR + c, NR);
+        });
+    }
+    // O^T += V^T P^T
+    FASTGPT_INLINE bool add_values(const Tile<T>& tile, const T* P, T* O) {
+        tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA {
+            const StripsOf<T> v{V + (tile.k0 + row) * MR, MR * all};
+            panel_product<T, true>(Dp, (tile.lanes - c) / VL<T>, rows, v, P + row * NR + c, NR, O + c, NR);
+        });
+        return true;
+    }
+
+    // ---- backward: K and V of a range of keys; `j` counts from its first
+
+    FASTGPT_NOINLINE bool range(long n, HeadRows<T> k, HeadRows<T> v) {
+        strips_from_rows<T>(n, D, k, K, MR * Dp);
+        strips_from_rows<T>(n, D, v, V, MR * Dp);
+        strips_of_channels(n, k, KT);
+        QT = KT + all * Dp, GT = QT + Dp * NQ, Q = GT + Dp * NQ, G = Q + Dp * NQ;
+        return true;
+    }
+    bool queries_and_gradients(HeadRows<T> q, HeadRows<T> g, int n) {
+        columns(q.data, q.stride, n, QT, NQ, base2_scale<T>(D)), columns(g.data, g.stride, n, GT, NQ, T(1));
+        copy_rows(q, n, Q), copy_rows(g, n, G);
+        return true;
+    }
+    // S^T = K Q^T, dP^T = V dO^T
+    FASTGPT_INLINE void scores_and_gradients(const Tile<T>& tile, long j, T* S, T* dP) const {
+        for (Panels p(tile.lanes / VL<T>); p.next();) {
+            const int end = (p.begin + p.vectors) * VL<T>;
+            tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
+                const int vectors = (end - c) / VL<T>, at = row * NQ + c;
+                const StripsOf<T> k{K + (j + row) * Dp, MR * Dp}, v{V + (j + row) * Dp, MR * Dp};
+                panel_product<T, false>(rows, vectors, D, k, QT + c, NQ, S + at, NQ);
+                panel_product<T, false>(rows, vectors, D, v, GT + c, NQ, dP + at, NQ);
+            });
+        }
+    }
+    // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
+    FASTGPT_INLINE bool add_gradients(const Tile<T>& tile, long j, int n, const T* P, const T* dS, T* dV, T* dK,
+                                      T* dQT) {
+        add_over_queries(tile, n, P, G, dV + j * Dp), add_over_queries(tile, n, dS, Q, dK + j * Dp);
+        for (Panels p(tile.lanes / VL<T>); p.next();) {
+            const int end = (p.begin + p.vectors) * VL<T>;
+            tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
+                const StripsOf<T> k{KT + (j + row) * MR, MR * all};
+                panel_product<T, true>(Dp, (end - c) / VL<T>, rows, k, dS + row * NQ + c, NQ, dQT + c, NQ);
+            });
+        }
+        return true;
+    }
+
+  private:
+    const long D, Dp, all; // all: keys there is room for
+    long head = -1, filled = 0;
+    T *K, *V, *KT, *QT, *GT = nullptr, *Q = nullptr, *G = nullptr;
+
+    void columns(const T* x, long stride, int n, T* to, int line, T scale) const {
+        transpose<T>(n, int(D), x, stride, to, line, scale, true);
+    }
+    // Strips of MR channels, key by key. P is 0 behind the last key, and 0 times garbage may be NaN: so zeros there.
+    FASTGPT_NOINLINE void strips_of_channels(long n, HeadRows<T> x, T* to) const {
+        strips_from_terms<T>(D, n, x, to, MR * all);
+        for (long d = 0; d < Dp; d += MR)
+            for (long i = n * MR; i < round_up(n, MR) * MR; i++) to[d * all + i] = 0;
+    }
+    FASTGPT_NOINLINE void copy_rows(HeadRows<T> x, int n, T* to) const { // lines of Dp values, zero behind D
+        for (int i = 0; i < n; i++, to += Dp) {
+            long d = 0;
+            for (; d < D; d++) to[d] = x(i)[d];
+            for (; d < Dp; d++) to[d] = 0;
+        }
+    }
+    // into (NK, Dp) += W^T (keys, queries) X (queries, Dp), for each row of keys from its first query on.
+    FASTGPT_INLINE void add_over_queries(const Tile<T>& tile, int n, const T* W, const T* X, T* into) const {
+        for (int j = 0; j < tile.rows; j += MR) {
+            const long first = tile.k0 + j > tile.q0 ? tile.k0 + j - tile.q0 : 0;
+            if (first >= n) break;
+            product<T, true>(MR, int(Dp / VL<T>), n - first, RowsOf<T>{W + j * NQ + first, NQ}, X + first * Dp, Dp,
+                             into + j * Dp, Dp);
+        }
     }
 };
 
+#ifdef FASTGPT_AMX
+#include "attention_amx.h"
+#endif
+
+// The first choice for values of type T; FmaAttention takes what it can't.
+template <class T> struct AttentionFor {
+    using type = FmaAttention<T>;
+};
+#ifdef FASTGPT_AMX
+template <> struct AttentionFor<float> {
+    using type = AmxAttention;
+};
+#endif
+
 // S -> P for one panel of a tile, column by column: new maximum, P = 2^(S - maximum), sum; O where the maximum moved.
-template <class T, bool DROPOUT>
-FASTGPT_NOINLINE void softmax_panel(const Tile<T>& tile, int Dp, T* S, const T* keep, T* OT, T* top, T* total) {
-    constexpr int NR = NV * VL<T>;
+// P becomes zero in rows that only later columns see, up to `zero_to`.
+template <class T, int NR, bool DROPOUT> FASTGPT_NOINLINE void
+softmax_panel(const Tile<T>& tile, long Dp, long zero_to, T* S, const T* keep, T* OT, T* top, T* total) {
     for (int c = 0; c < tile.lanes; c += VL<T>) {
         const int rows = tile.visible(c + VL<T>);
         const vec<T> old = load(top + c);
@@ -136,78 +241,91 @@ FASTGPT_NOINLINE void softmax_panel(const Tile<T>& tile, int Dp, T* S, const T* 
                 s[i] += e;
                 store(S + (j + i) * NR + c, DROPOUT ? e * load(keep + (j + i) * NR + c) : e);
             }
+        for (long j = rows; j < zero_to; j++) store(S + j * NR + c, vec<T>{});
         store(top + c, now);
         store(total + c, s[0] + s[1]);
         if (any<T>(now != old))
             for (int d = 0; d < Dp; d++) store(OT + d * NR + c, load(OT + d * NR + c) * shrink);
     }
+    for (int c = tile.lanes; zero_to && c < NR; c += VL<T>)
+        for (long j = 0; j < zero_to; j++) store(S + j * NR + c, vec<T>{});
+}
+
+// One block of NQ queries of one head. -> false if these products can't take the values.
+template <class Products, bool DROPOUT, class T>
+bool attend(Products& products, const AttentionShape& shape, Sequence<const T> qkv, long head, long q0, T* memory,
+            T* out, T* lse) {
+    constexpr int NR = Products::NR; // blocks of queries lie panel by panel
+    const long D = shape.D, C = shape.H * D, b = head / shape.H, h = head % shape.H, Dp = Products::padded(D);
+    const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
+    const auto rows = [&](long t, long part) FASTGPT_LAMBDA {
+        return HeadRows<T>{qkv.at(b, t) + part * C + h * D, qkv.time};
+    };
+    T *OT = memory, *S = OT + Dp * NQ, *top = S + NK * NR, *total = top + NQ, *keep = total + NQ;
+    if (!products.keys_and_values(head, q0 + n, rows(0, 1), rows(0, 2)) || !products.queries(rows(q0, 0), n))
+        return false;
+    for (int i = 0; i < NQ; i++) top[i] = -__builtin_inf(), total[i] = 0;
+    for (long i = 0; i < Dp * NQ; i++) OT[i] = 0;
+
+    const bool more = head + 1 < shape.B * shape.H; // the next head's rows are far away: ask for them now
+    const T* next = more ? qkv.at((head + 1) / shape.H, q0) + (head + 1) % shape.H * D : nullptr;
+    const long tiles = (q0 + n + NK - 1) / NK;
+    for (long k0 = 0; k0 < q0 + n; k0 += NK) {
+        for (int i = 0; more && i < 3; i++) prefetch_rows(next + i * C, qkv.time, n, k0 / NK, tiles, D);
+        for (int p = 0; p < n; p += NR) {
+            const int queries = n - p < NR ? n - p : NR;
+            if (k0 >= q0 + p + queries) continue;
+            const Tile<T> tile(q0 + p, queries, k0, q0 + p + queries);
+            const long zero_to = Products::row_unit > 1 ? round_up(tile.rows, Products::row_unit) : 0;
+            products.scores(tile, p, S);
+            if (tile.on_diagonal()) tile.mask(S, NR);
+            if (DROPOUT) dropout_tile<T, NR>(shape.dropout, shape.seed, head, q0 + p, k0, tile.rows, keep);
+            softmax_panel<T, NR, DROPOUT>(tile, Dp, zero_to, S, keep, OT + p * Dp, top + p, total + p);
+            if (!products.add_values(tile, S, OT + p * Dp)) return false;
+        }
+    }
+
+    T* log_sums = lse + head * shape.T + q0;
+    for (int i = 0; i < n; i++) log_sums[i] = top[i] + T(__builtin_log2(double(total[i])));
+    for (int p = 0; p < n; p += NR) {
+        T* O = OT + p * Dp;
+        for (int c = 0; c < NR; c += VL<T>) {
+            const vec<T> inverse = broadcast(T(1)) / load(total + p + c);
+            for (int d = 0; d < D; d++) store(O + d * NR + c, load(O + d * NR + c) * inverse);
+        }
+        transpose<T>(int(D), n - p < NR ? n - p : NR, O, NR, out + (b * shape.T + q0 + p) * C + h * D, C, T(1), false);
+    }
+    return true;
 }
 
 template <class T, bool DROPOUT>
 void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse) {
-    constexpr int NR = NV * VL<T>; // queries in a panel; blocks of queries lie panel by panel
-    const long D = shape.D, C = shape.H * D, blocks = (shape.T + NQ - 1) / NQ;
-    const int Dp = padded<T>(D), workers = num_threads();
-    const long copy_size = HeadCopy<T>::size(shape.T, Dp);
-    Scratch<T> scratch(workers, (DROPOUT ? 2 : 1) * NK * NR + 2 * Dp * NQ + 2 * NQ + copy_size);
-    Scratch<HeadCopy<T>> copies(workers, 1);
-    for (int w = 0; w < workers; w++) new (copies.part(w)) HeadCopy<T>(scratch.part(w), shape.T, Dp);
+    using Products = typename AttentionFor<T>::type;
+    using Fma = FmaAttention<T>;
+    constexpr int NR = Products::NR > Fma::NR ? Products::NR : Fma::NR;
+    const long D = shape.D, blocks = (shape.T + NQ - 1) / NQ;
+    const int Dp = Products::padded(D) > Fma::padded(D) ? Products::padded(D) : Fma::padded(D), workers = num_threads();
+    Scratch<T> scratch(workers, Dp * NQ + 2 * NK * NR + 2 * NQ);
+    Scratch<T> copies(workers, Products::forward_size(shape.T, D)), other_copies(workers, Fma::forward_size(shape.T, D));
+    Scratch<Products> products(workers, 1);
+    for (int w = 0; w < workers; w++) new (products.part(w)) Products(copies.part(w), shape.T, D);
+    // the last blocks of queries see the most keys: begin with them, so that no long task is left for the end
     parallel_tasks(shape.B * shape.H * blocks, workers, [&](int64_t task, int worker) {
-        // the last blocks of queries see the most keys: begin with them, so that no long task is left for the end
-        const long head = task / blocks, b = head / shape.H, h = head % shape.H;
-        const long q0 = (blocks - 1 - task % blocks) * NQ;
-        const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
-        HeadCopy<T>& kv = *copies.part(worker);
-        kv.fill(head, q0 + n, qkv.at(b, 0) + C + h * D, qkv.at(b, 0) + 2 * C + h * D, qkv.time, D);
-        T* QT = scratch.part(worker) + copy_size;
-        T *OT = QT + Dp * NQ, *S = OT + Dp * NQ, *top = S + NK * NR, *total = top + NQ, *keep = total + NQ;
-        for (int p = 0; p < n; p += NR)
-            transpose<T>(n - p < NR ? n - p : NR, int(D), qkv.at(b, q0 + p) + h * D, qkv.time, QT + p * Dp, NR,
-                         base2_scale<T>(D), true);
-        for (int i = 0; i < NQ; i++) top[i] = -__builtin_inf(), total[i] = 0;
-        for (long i = 0; i < long(Dp) * NQ; i++) OT[i] = 0;
-
-        const bool more = head + 1 < shape.B * shape.H;
-        const T* next = more ? qkv.at((head + 1) / shape.H, q0) + (head + 1) % shape.H * D : nullptr;
-        const long tiles = (q0 + n + NK - 1) / NK;
-        for (long k0 = 0; k0 < q0 + n; k0 += NK) {
-            for (int i = 0; more && i < 3; i++) prefetch_rows(next + i * C, qkv.time, n, k0 / NK, tiles, D);
-            for (int p = 0; p < n; p += NR) {
-                const int queries = n - p < NR ? n - p : NR;
-                if (k0 >= q0 + p + queries) continue;
-                const Tile<T> tile(q0 + p, queries, k0, q0 + p + queries);
-                T* O = OT + p * Dp;
-                tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA { // S^T = K Q^T
-                    panel_product<T, false>(rows, (tile.lanes - c) / VL<T>, D, kv.K_from(k0 + row), QT + p * Dp + c, NR,
-                                            S + row * NR + c, NR);
-                });
-                if (tile.on_diagonal()) tile.mask(S, NR);
-                if (DROPOUT) dropout_tile<T, NR>(shape.dropout, shape.seed, head, q0 + p, k0, tile.rows, keep);
-                softmax_panel<T, DROPOUT>(tile, Dp, S, keep, O, top + p, total + p);
-                tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA { // O^T += V^T P^T
-                    panel_product<T, true>(Dp, (tile.lanes - c) / VL<T>, rows, kv.V_from(k0 + row), S + row * NR + c,
-                                           NR, O + c, NR);
-                });
-            }
-        }
-
-        T* log_sums = lse + head * shape.T + q0;
-        for (int i = 0; i < n; i++) log_sums[i] = top[i] + T(__builtin_log2(double(total[i])));
-        for (int p = 0; p < n; p += NR) {
-            T* O = OT + p * Dp;
-            for (int c = 0; c < NR; c += VL<T>) {
-                const vec<T> inverse = broadcast(T(1)) / load(total + p + c);
-                for (int d = 0; d < D; d++) store(O + d * NR + c, load(O + d * NR + c) * inverse);
-            }
-            transpose<T>(int(D), n - p < NR ? n - p : NR, O, NR, out + (b * shape.T + q0 + p) * C + h * D, C, T(1),
-                         false);
-        }
+        const long head = task / blocks, q0 = (blocks - 1 - task % blocks) * NQ;
+        Products::begin();
+        const bool done = attend<Products, DROPOUT>(*products.part(worker), shape, qkv, head, q0, scratch.part(worker),
+                                                    out, lse);
+        Products::end();
+        if (done) return;
+        Fma fma(other_copies.part(worker), shape.T, D);
+        attend<Fma, DROPOUT>(fma, shape, qkv, head, q0, scratch.part(worker), out, lse);
     });
 }
 
-// P and dS of one tile, from S and dP: P^T meets do with dropout applied, dS meets q and k.
+// P and dS of one tile, from S and dP: P^T meets do with dropout applied, dS meets q and k. Both become zero where no
+// query sees the key, up to row `zero_to`.
 template <class T, bool DROPOUT> FASTGPT_NOINLINE void
-softmax_backward_tile(const Tile<T>& tile, T* S, T* dP, const T* keep, const T* lse, const T* delta) {
+softmax_backward_tile(const Tile<T>& tile, long zero_to, T* S, T* dP, const T* keep, const T* lse, const T* delta) {
     for (int c = 0; c < tile.lanes; c += VL<T>) {
         const int rows = tile.visible(c + VL<T>);
         const vec<T> l = load(lse + c);
@@ -231,30 +349,10 @@ softmax_backward_tile(const Tile<T>& tile, T* S, T* dP, const T* keep, const T* 
                 store(dP + at, P * (load(dP + at) - mean));
             }
         }
+        for (long at = rows * NQ + c; at < zero_to * NQ; at += NQ) store(S + at, vec<T>{}), store(dP + at, vec<T>{});
     }
-}
-
-// into (NK, D) += W^T (keys, queries) X (queries, D), for each row of keys from its first query on.
-template <class T>
-FASTGPT_INLINE void add_over_queries(const Tile<T>& tile, int n, const T* W, const T* X, int Dp, T* into) {
-    for (int j = 0; j < tile.rows; j += MR) {
-        const long first = tile.k0 + j > tile.q0 ? tile.k0 + j - tile.q0 : 0;
-        if (first >= n) break;
-        product<T, true>(MR, Dp / VL<T>, n - first, RowsOf<T>{W + j * NQ + first, NQ}, X + first * Dp, Dp,
-                         into + j * Dp, Dp);
-    }
-}
-
-// K and V in strips of keys, then K in strips of channels: `range` * Dp values each.
-template <class T>
-FASTGPT_NOINLINE void copy_keys(long keys, long range, const T* k, long time, long C, long D, long Dp, T* to) {
-    const auto k_row = [&](long j) FASTGPT_LAMBDA { return k + j * time; };
-    strips_from_rows<T>(keys, D, k_row, to, MR * Dp);
-    strips_from_rows<T>(keys, D, [&](long j) FASTGPT_LAMBDA { return k + C + j * time; }, to + range * Dp, MR * Dp);
-    T* channels = to + 2 * range * Dp;
-    strips_from_terms<T>(D, keys, k_row, channels, MR * range);
-    for (long d = 0; d < Dp; d += MR) // behind the last key
-        for (long i = keys * MR; i < round_up<T>(keys, MR) * MR; i++) channels[d * range + i] = 0;
+    for (long j = 0; j < zero_to; j++)
+        for (int c = tile.lanes; c < NQ; c += VL<T>) store(S + j * NQ + c, vec<T>{}), store(dP + j * NQ + c, vec<T>{});
 }
 
 // Ranges of keys per head: enough tasks for many cores, but each range at least 4 tiles, and at most 4 ranges, since
@@ -264,84 +362,90 @@ inline long key_ranges(const AttentionShape& s) {
     return wanted < most ? wanted : most < 1 ? 1 : most;
 }
 
+// dk and dv of keys k_begin .. k_end - 1 of one head, and their part of dq. -> false if these products can't take the
+// values.
+template <class Products, bool DROPOUT, class T>
+bool attend_backward(Products& products, const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
+                     Sequence<const T> out, const T* lse, long head, long k_begin, long k_end, T* memory, T* dq,
+                     long dq_stride, T* dqkv) {
+    const long D = shape.D, C = shape.H * D, b = head / shape.H, h = head % shape.H, Dp = Products::padded(D);
+    const long range = round_up(k_end - k_begin, NK);
+    const T scale = T(1 / __builtin_sqrt(double(D)));
+    const auto rows = [&](long t, long part) FASTGPT_LAMBDA {
+        return HeadRows<T>{qkv.at(b, t) + part * C + h * D, qkv.time};
+    };
+    T *S = memory, *dP = S + NQ * NK, *keep = dP + NQ * NK, *dQT = keep + NQ * NK, *GT = dQT + Dp * NQ; // G is dO
+    T *lses = GT + Dp * NQ, *delta = lses + NQ, *dK = delta + NQ, *dV = dK + range * Dp;
+    if (!products.range(k_end - k_begin, rows(k_begin, 1), rows(k_begin, 2))) return false;
+    for (long i = 0; i < 2 * range * Dp; i++) dK[i] = 0;
+
+    for (long q0 = k_begin / NQ * NQ; q0 < shape.T; q0 += NQ) {
+        const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
+        const HeadRows<T> g{dout.at(b, q0) + h * D, dout.time};
+        if (!products.queries_and_gradients(rows(q0, 0), g, n)) return false;
+        for (int i = 0; i < NQ; i++) // lanes behind the last query: P = 2^-inf = 0
+            lses[i] = i < n ? lse[head * shape.T + q0 + i] : T(__builtin_inf());
+        T* OT = dQT; // for a moment; delta adds in the order in which the product adds dP, so that they cancel well
+        transpose<T>(n, int(D), g.data, g.stride, GT, NQ, T(1), true);
+        transpose<T>(n, int(D), out.at(b, q0) + h * D, out.time, OT, NQ, T(1), true);
+        for (int c = 0; c < NQ; c += VL<T>) {
+            vec<T> d{};
+            if (c < n)
+                for (long k = 0; k < D; k++) d += load(GT + k * NQ + c) * load(OT + k * NQ + c);
+            store(delta + c, d);
+        }
+        for (long i = 0; i < Dp * NQ; i++) dQT[i] = 0;
+
+        for (long k0 = k_begin; k0 < k_end && k0 < q0 + n; k0 += NK) {
+            const Tile<T> tile(q0, n, k0, q0 + n < k_end ? q0 + n : k_end);
+            const long j = k0 - k_begin;
+            const long zero_to = Products::row_unit > 1 ? round_up(tile.rows, Products::row_unit) : 0;
+            products.scores_and_gradients(tile, j, S, dP);
+            if (tile.on_diagonal()) tile.mask(S, NQ);
+            if (DROPOUT) dropout_tile<T, NQ>(shape.dropout, shape.seed, head, q0, k0, tile.rows, keep);
+            softmax_backward_tile<T, DROPOUT>(tile, zero_to, S, dP, keep, lses, delta);
+            if (!products.add_gradients(tile, j, n, S, dP, dV, dK, dQT)) return false;
+        }
+        transpose<T>(int(D), n, dQT, NQ, dq + q0 * dq_stride, dq_stride, scale, false);
+    }
+    for (long k = k_begin; k < k_end; k++) {
+        T* to = dqkv + (b * shape.T + k) * 3 * C + C + h * D;
+        for (long d = 0; d < D; d++) {
+            to[d] = dK[(k - k_begin) * Dp + d] * scale;
+            to[C + d] = dV[(k - k_begin) * Dp + d];
+        }
+    }
+    return true;
+}
+
 template <class T, bool DROPOUT> void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout,
                                                               Sequence<const T> qkv, Sequence<const T> out,
                                                               const T* lse, T* dqkv) {
+    using Products = typename AttentionFor<T>::type;
+    using Fma = FmaAttention<T>;
     const long D = shape.D, C = shape.H * D, heads = shape.B * shape.H, ranges = key_ranges(shape);
-    const long range = ((shape.T + ranges - 1) / ranges + NK - 1) / NK * NK; // keys, whole tiles
-    const int Dp = padded<T>(D), workers = num_threads();
-    const long tile_size = NQ * NK;
-    Scratch<T> scratch(workers, (DROPOUT ? 3 : 2) * tile_size + 3 * Dp * NQ + 2 * NQ * Dp + 2 * NQ + 5 * range * Dp);
+    const long range = round_up((shape.T + ranges - 1) / ranges, NK); // keys, whole tiles
+    const long Dp = Products::padded(D) > Fma::padded(D) ? Products::padded(D) : Fma::padded(D);
+    const int workers = num_threads();
+    Scratch<T> scratch(workers, 3 * NQ * NK + 2 * Dp * NQ + 2 * NQ + 2 * range * Dp);
+    Scratch<T> copies(workers, Products::backward_size(range, D)), other_copies(workers, Fma::backward_size(range, D));
     Scratch<T> partial(heads * (ranges - 1), shape.T * D); // dq of all ranges but the first
-    const T scale = T(1 / __builtin_sqrt(double(D)));
 
     parallel_tasks(heads * ranges, workers, [&](int64_t task, int worker) {
-        const long head = task % heads, b = head / shape.H, h = head % shape.H, r = task / heads;
+        const long head = task % heads, r = task / heads;
         const long k_begin = r * range, k_end = (r + 1) * range < shape.T ? (r + 1) * range : shape.T;
         if (k_begin >= k_end) return;
-        T* S = scratch.part(worker);
-        T *dP = S + tile_size, *QT = dP + tile_size, *GT = QT + Dp * NQ, *dQT = GT + Dp * NQ; // G is dO
-        T *Q = dQT + Dp * NQ, *G = Q + NQ * Dp, *lses = G + NQ * Dp, *delta = lses + NQ;
-        T *dK = delta + NQ, *dV = dK + range * Dp, *copies = dV + range * Dp, *keep = copies + 3 * range * Dp;
-        for (long i = 0; i < 2 * range * Dp; i++) dK[i] = 0;
-        copy_keys(k_end - k_begin, range, qkv.at(b, k_begin) + C + h * D, qkv.time, C, D, Dp, copies);
-
-        for (long q0 = k_begin / NQ * NQ; q0 < shape.T; q0 += NQ) {
-            const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
-            const T *q = qkv.at(b, q0) + h * D, *g = dout.at(b, q0) + h * D, *o = out.at(b, q0) + h * D;
-            transpose<T>(n, int(D), q, qkv.time, QT, NQ, base2_scale<T>(D), true);
-            transpose<T>(n, int(D), g, dout.time, GT, NQ, T(1), true);
-            pack(q, qkv.time, n, n, D, Q, Dp);
-            pack(g, dout.time, n, n, D, G, Dp);
-            for (int i = 0; i < NQ; i++) // lanes behind the last query: P = 2^-inf = 0
-                lses[i] = i < n ? lse[head * shape.T + q0 + i] : T(__builtin_inf());
-            T* OT = dQT; // for a moment; delta adds in the order in which the product adds dP, so that they cancel well
-            transpose<T>(n, int(D), o, out.time, OT, NQ, T(1), true);
-            for (int c = 0; c < NQ; c += VL<T>) {
-                vec<T> d{};
-                if (c < n)
-                    for (long k = 0; k < D; k++) d += load(GT + k * NQ + c) * load(OT + k * NQ + c);
-                store(delta + c, d);
-            }
-            for (long i = 0; i < long(Dp) * NQ; i++) dQT[i] = 0;
-
-            for (long k0 = k_begin; k0 < k_end && k0 < q0 + n; k0 += NK) {
-                const Tile<T> tile(q0, n, k0, q0 + n < k_end ? q0 + n : k_end);
-                const long j0 = k0 - k_begin;
-                for (Panels p(tile.lanes / VL<T>); p.next();) { // S^T = K Q^T, dP^T = V dO^T
-                    const int end = (p.begin + p.vectors) * VL<T>;
-                    tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
-                        const int vectors = (end - c) / VL<T>, at = row * NQ + c;
-                        const StripsOf<T> K{copies + (j0 + row) * Dp, MR * Dp};
-                        const StripsOf<T> V{copies + (range + j0 + row) * Dp, MR * Dp};
-                        panel_product<T, false>(rows, vectors, D, K, QT + c, NQ, S + at, NQ);
-                        panel_product<T, false>(rows, vectors, D, V, GT + c, NQ, dP + at, NQ);
-                    });
-                }
-                if (tile.on_diagonal()) tile.mask(S, NQ);
-                if (DROPOUT) dropout_tile<T, NQ>(shape.dropout, shape.seed, head, q0, k0, tile.rows, keep);
-                softmax_backward_tile<T, DROPOUT>(tile, S, dP, keep, lses, delta);
-                add_over_queries(tile, n, S, G, Dp, dV + j0 * Dp);
-                add_over_queries(tile, n, dP, Q, Dp, dK + j0 * Dp);
-                for (Panels p(tile.lanes / VL<T>); p.next();) { // dQ^T += K^T dS^T
-                    const int end = (p.begin + p.vectors) * VL<T>;
-                    tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
-                        const StripsOf<T> KT{copies + 2 * range * Dp + (j0 + row) * MR, MR * range};
-                        panel_product<T, true>(Dp, (end - c) / VL<T>, rows, KT, dP + row * NQ + c, NQ, dQT + c, NQ);
-                    });
-                }
-            }
-            T* dq =
-                r == 0 ? dqkv + (b * shape.T + q0) * 3 * C + h * D : partial.part(head * (ranges - 1) + r - 1) + q0 * D;
-            transpose<T>(int(D), n, dQT, NQ, dq, r == 0 ? 3 * C : D, scale, false);
-        }
-        for (long k = k_begin; k < k_end; k++) {
-            T* to = dqkv + (b * shape.T + k) * 3 * C + C + h * D;
-            for (long d = 0; d < D; d++) {
-                to[d] = dK[(k - k_begin) * Dp + d] * scale;
-                to[C + d] = dV[(k - k_begin) * Dp + d];
-            }
-        }
+        const auto run = [&](auto products) {
+            using P = decltype(products);
+            T* dq = r ? partial.part(head * (ranges - 1) + r - 1)
+                      : dqkv + head / shape.H * shape.T * 3 * C + head % shape.H * D;
+            P::begin();
+            const bool done = attend_backward<P, DROPOUT>(products, shape, dout, qkv, out, lse, head, k_begin, k_end,
+                                                          scratch.part(worker), dq, r ? D : 3 * C, dqkv);
+            P::end();
+            return done;
+        };
+        if (!run(Products(copies.part(worker), range, D))) run(Fma(other_copies.part(worker), range, D));
     });
 
     if (ranges > 1)

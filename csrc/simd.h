@@ -8,6 +8,8 @@
 
 constexpr int vector_bytes = FASTGPT_VECTOR_BYTES;
 
+FASTGPT_INLINE long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+
 template <class T> struct simd;
 template <> struct simd<float> {
     typedef float vec __attribute__((vector_size(vector_bytes)));
