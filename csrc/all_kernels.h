@@ -24,5 +24,5 @@
 #include "machine.h"
 
 template <class T> constexpr KernelsFor<T> kernels_for = {
-    layer_norm_forward<T>, layer_norm_backward<T>, gelu_forward<T>,      gelu_backward<T>,
-    matmul<T>,             lm_loss<T>,             attention_forward<T>, attention_backward<T>};
+    layer_norm_forward<T>, layer_norm_backward<T>, gelu_forward<T>, gelu_backward<T>, matmul<T>, lm_loss<T>,
+    attention_forward<T>,  attention_backward<T>};

@@ -23,10 +23,11 @@
 //  16 a0 a1 a2  |   sums 2   |   sums 3   |
 //               +------------+------------+
 //
-// Infinities and NaN have no such sum (inf - inf is NaN): a block that holds one is left to the float32 kernels.
+// Infinities and NaN have no such sum (inf - inf is NaN): a tile that meets one is left to the float32 microkernel.
 
 struct Amx {
     static constexpr int MR = 32, NR = 32, depth = 32; // depth: terms in a tile
+    static constexpr bool takes_all = false;           // neither infinities nor NaN
     static constexpr long KC = 384, most_rows = 512, most_columns = 1536, row_unit = MR;
     static constexpr long bytes = 3 * 2; // that a float takes in its three parts
 
@@ -86,19 +87,21 @@ struct Amx {
             for (long k = 0; k < kc; k += depth, strip += 32 * depth * bytes)
                 for (long j = i; j < i + 32; j += 16) {
                     char* tile = strip + (j - i) * 64;
-                    const int terms = int(kc - k < depth ? kc - k : depth), lines = int(count - j < 16 ? count - j : 16);
+                    const int terms = int(kc - k < depth ? kc - k : depth),
+                              lines = int(count - j < 16 ? count - j : 16);
                     if (lines_are_terms)
-                        finite &= split<!B_SIDE>(
-                            [&](int t) FASTGPT_LAMBDA { return source[k0 + k + t] + first + j; }, false, terms, lines, tile);
+                        finite &= split<!B_SIDE>([&](int t) FASTGPT_LAMBDA { return source[k0 + k + t] + first + j; },
+                                                 false, terms, lines, tile);
                     else
-                        finite &= split<B_SIDE>(
-                            [&](int l) FASTGPT_LAMBDA { return source[first + j + l] + k0 + k; }, true, lines, terms, tile);
+                        finite &= split<B_SIDE>([&](int l) FASTGPT_LAMBDA { return source[first + j + l] + k0 + k; },
+                                                true, lines, terms, tile);
                 }
         return finite;
     }
 
-    static bool pack_strips(const Product<float>& p, long m0, long mc, long k0, long kc, float* to) {
-        return pack<false>(p.A, p.A_transposed, m0, mc, k0, kc, to);
+    static void pack_strips(const Product<float>& p, long m0, long mc, long k0, long kc, float* to, bool* taken) {
+        for (long m = 0; m < mc; m += MR, to += strip_size(kc))
+            *taken++ = pack<false>(p.A, p.A_transposed, m0 + m, mc - m < MR ? mc - m : MR, k0, kc, to);
     }
     static bool pack_panel(const Product<float>& p, long k0, long kc, long n0, long width, float* to) {
         return pack<true>(p.B, !p.B_transposed, n0, width, k0, kc, to);

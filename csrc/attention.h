@@ -28,9 +28,9 @@
 // falls into few sets of the first-level cache.
 //
 // Forward: a task is a block of NQ queries of one head, and a worker takes the blocks of a head one after the other, to
-// use its copies again. Backward: a task is a range of keys of one head and owns its dk and dv; its part of dq is summed
-// over the ranges afterwards, in order. The order of each sum depends on the shape alone, so the bits do not depend on
-// the number of threads.
+// use its copies again. Backward: a task is a range of keys of one head and owns its dk and dv; its part of dq is
+// summed over the ranges afterwards, in order. The order of each sum depends on the shape alone, so the bits do not
+// depend on the number of threads.
 
 constexpr int NQ = 96, NK = 64; // NQ is a multiple of NV * VL for every instruction set, NK of MR and VL
 static_assert(NQ % (NV * VL<float>) == 0 && NK % MR == 0 && NK % VL<float> == 0);
@@ -88,8 +88,8 @@ template <class T> struct HeadRows {
 };
 
 // Attention's seven matrix products, and the copies of Q, K, V and dO in the order in which the microkernel reads them.
-// attention_amx.h has the same for AMX. Methods that return bool tell whether this way can take the values at all; S, P,
-// dP and dS are lines of queries, one line a key.
+// attention_amx.h has the same for AMX. Methods that return bool tell whether this way can take the values at all; S,
+// P, dP and dS are lines of queries, one line a key.
 template <class T> class FmaAttention {
   public:
     static constexpr int NR = NV * VL<T>; // queries in a panel
@@ -118,7 +118,8 @@ template <class T> class FmaAttention {
         return true;
     }
     bool queries(HeadRows<T> q, int n) {
-        for (int p = 0; p < n; p += NR) columns(q(p), q.stride, n - p < NR ? n - p : NR, QT + p * Dp, NR, base2_scale<T>(D));
+        for (int p = 0; p < n; p += NR)
+            columns(q(p), q.stride, n - p < NR ? n - p : NR, QT + p * Dp, NR, base2_scale<T>(D));
         return true;
     }
     // S^T = K Q^T for the panel of queries from p on.
@@ -214,13 +215,9 @@ template <class T> class FmaAttention {
 #endif
 
 // The first choice for values of type T; FmaAttention takes what it can't.
-template <class T> struct AttentionFor {
-    using type = FmaAttention<T>;
-};
+template <class T> struct AttentionFor { using type = FmaAttention<T>; };
 #ifdef FASTGPT_AMX
-template <> struct AttentionFor<float> {
-    using type = AmxAttention;
-};
+template <> struct AttentionFor<float> { using type = AmxAttention; };
 #endif
 
 // S -> P for one panel of a tile, column by column: new maximum, P = 2^(S - maximum), sum; O where the maximum moved.
@@ -252,9 +249,9 @@ softmax_panel(const Tile<T>& tile, long Dp, long zero_to, T* S, const T* keep, T
 }
 
 // One block of NQ queries of one head. -> false if these products can't take the values.
-template <class Products, bool DROPOUT, class T>
-bool attend(Products& products, const AttentionShape& shape, Sequence<const T> qkv, long head, long q0, T* memory,
-            T* out, T* lse) {
+template <class Products, bool DROPOUT, class T> bool attend(Products& products, const AttentionShape& shape,
+                                                             Sequence<const T> qkv, long head, long q0, T* memory,
+                                                             T* out, T* lse) {
     constexpr int NR = Products::NR; // blocks of queries lie panel by panel
     const long D = shape.D, C = shape.H * D, b = head / shape.H, h = head % shape.H, Dp = Products::padded(D);
     const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
@@ -306,15 +303,16 @@ void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, 
     const long D = shape.D, blocks = (shape.T + NQ - 1) / NQ;
     const int Dp = Products::padded(D) > Fma::padded(D) ? Products::padded(D) : Fma::padded(D), workers = num_threads();
     Scratch<T> scratch(workers, Dp * NQ + 2 * NK * NR + 2 * NQ);
-    Scratch<T> copies(workers, Products::forward_size(shape.T, D)), other_copies(workers, Fma::forward_size(shape.T, D));
+    Scratch<T> copies(workers, Products::forward_size(shape.T, D)),
+        other_copies(workers, Fma::forward_size(shape.T, D));
     Scratch<Products> products(workers, 1);
     for (int w = 0; w < workers; w++) new (products.part(w)) Products(copies.part(w), shape.T, D);
     // the last blocks of queries see the most keys: begin with them, so that no long task is left for the end
     parallel_tasks(shape.B * shape.H * blocks, workers, [&](int64_t task, int worker) {
         const long head = task / blocks, q0 = (blocks - 1 - task % blocks) * NQ;
         Products::begin();
-        const bool done = attend<Products, DROPOUT>(*products.part(worker), shape, qkv, head, q0, scratch.part(worker),
-                                                    out, lse);
+        const bool done =
+            attend<Products, DROPOUT>(*products.part(worker), shape, qkv, head, q0, scratch.part(worker), out, lse);
         Products::end();
         if (done) return;
         Fma fma(other_copies.part(worker), shape.T, D);

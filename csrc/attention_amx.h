@@ -100,11 +100,13 @@ class AmxAttention {
         // x(i) is row or column i; or x(i) is term i of all. -> has every value a split?
         template <bool SIDE> bool from_rows(HeadRows<float> x, long count, long terms_) {
             terms = terms_;
-            return Amx::pack<SIDE>(Rows<const float>::contiguous(x.data, count, x.stride), false, 0, count, 0, terms, data);
+            return Amx::pack<SIDE>(Rows<const float>::contiguous(x.data, count, x.stride), false, 0, count, 0, terms,
+                                   data);
         }
         template <bool SIDE> bool from_terms(HeadRows<float> x, long count, long terms_) {
             terms = terms_;
-            return Amx::pack<SIDE>(Rows<const float>::contiguous(x.data, terms, x.stride), true, 0, count, 0, terms, data);
+            return Amx::pack<SIDE>(Rows<const float>::contiguous(x.data, terms, x.stride), true, 0, count, 0, terms,
+                                   data);
         }
         // The tiles of row or column i and term k, both multiples of 32.
         FASTGPT_INLINE const float* at(long i, long k) const {

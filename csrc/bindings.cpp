@@ -449,7 +449,8 @@ PYBIND11_MODULE(_kernels, m) {
           py::arg("dropout"), py::arg("seed"), arg("dqkv"));
 
     m.def("isas", isas, "The instruction sets that this build has and this processor runs, oldest first.");
-    m.def("isa", [] { return kernels->name; }, "The instruction set in use.");
+    m.def(
+        "isa", [] { return kernels->name; }, "The instruction set in use.");
     m.def("set_isa", set_isa, py::arg("name"));
     m.def(
         "use_thread_pool",

@@ -96,8 +96,10 @@ static bool avx512_is_here() {
 }
 
 #define FASTGPT_TABLE(isa, runs_here)                                                                                  \
-    {#isa,          [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work,                          \
-     isa::read_work}
+    {                                                                                                                  \
+#isa, [] { return bool(runs_here); }, isa::kernels_for < float>, isa::kernels_for < double>, isa::fma_work,    \
+                                           isa::read_work                                                              \
+    }
 
 static const Kernels tables[] = {
     FASTGPT_TABLE(sse2, true),

@@ -51,10 +51,10 @@ template <class T> struct Product {
     bool A_transposed;
     Rows<const T> B; // (K, N), likewise
     bool B_transposed;
-    T* C;                   // (M, N), contiguous
-    bool add = false;       // to what C holds
+    T* C;                    // (M, N), contiguous
+    bool add = false;        // to what C holds
     const T* bias = nullptr; // (N), or null
-    T* activated = nullptr; // like C, or C itself: then only gelu(C) is kept; or null
+    T* activated = nullptr;  // like C, or C itself: then only gelu(C) is kept; or null
 };
 
 struct AttentionShape {

@@ -5,13 +5,13 @@
 // All three are C = A B with A or B read across its lines, so one function serves them. Nothing is saved for the
 // backward but x and W, and, where gelu follows at once, y: its own backward (gelu.h) turns dgelu into dy first.
 //
-//            NC columns, in panels of NR = NV * VL          C is cut into blocks of MC x NC; a block is a task, with one
-//          +------+------+------+------+                    owner. For every KC terms of the sum
-//     KC   | B    | NR   |      |      |                      the owner copies its rows of A into strips of MR rows,
-//          +------+------+------+------+                        which stay in the second-level cache, and
-//   A      +------+------+------+------+                      for each panel of NR columns
-//  MR [--> | C    | tile |      |      |  MC                    copies the panel of B, and
-//     [    |      |      |      |      |  rows                  runs down the strips: one tile of C each.
+//            NC columns, in panels of NR        C is cut into blocks of MC x NC; a block is a task, with one owner.
+//          +------+------+------+------+        For every KC terms of the sum
+//     KC   | B    |      |      |      |          the owner copies its rows of A into strips of MR rows, which stay in
+//          +------+------+------+------+            the second-level cache, and
+//   A      +------+------+------+------+          for each panel of NR columns
+//  MR [--> | tile |      |      |      |  MC        copies that panel of B, and
+//     [    |      |      |      |      |  rows      runs down the strips: one tile of C each.
 //   KC     +------+------+------+------+
 //
 // In both copies the values lie in the order in which the microkernel meets them, so it reads memory in one piece, from
@@ -40,9 +40,10 @@ template <class Engine> struct Blocks {
     }
 };
 
-// What a product is made with: how A and B are packed, and how one tile of sums comes of them. This is the microkernel;
-// amx.h has another. A pack function says whether its engine can take the values at all.
+// What a product is made with: how A and B are packed, and how one tile of sums comes of them. Here it is the
+// microkernel; amx.h has another way, which can't take every value.
 template <class T> struct Fma {
+    static constexpr bool takes_all = true;
     static constexpr long MR = FASTGPT_MR, NR = NV * VL<T>, KC = 256;
     static constexpr long most_rows = 512, most_columns = 1536, row_unit = MR > VL<T> ? MR : VL<T>;
 
@@ -53,12 +54,14 @@ template <class T> struct Fma {
     static FASTGPT_INLINE void begin() {}
     static FASTGPT_INLINE void end() {}
 
-    // Rows m0 .. m0 + mc - 1 of A, terms k0 .. k0 + kc - 1.
-    static FASTGPT_NOINLINE bool pack_strips(const Product<T>& p, long m0, long mc, long k0, long kc, T* to) {
+    // Rows m0 .. m0 + mc - 1 of A, terms k0 .. k0 + kc - 1. taken[i]: can strip i be used?
+    static FASTGPT_NOINLINE void pack_strips(const Product<T>& p, long m0, long mc, long k0, long kc, T* to, bool*) {
         if (p.A_transposed)
-            strips_from_terms<T>(mc, kc, [&](long k) FASTGPT_LAMBDA { return p.A[k0 + k] + m0; }, to, MR * kc);
-        else strips_from_rows<T>(mc, kc, [&](long m) FASTGPT_LAMBDA { return p.A[m0 + m] + k0; }, to, MR * kc);
-        return true;
+            strips_from_terms<T>(
+                mc, kc, [&](long k) FASTGPT_LAMBDA { return p.A[k0 + k] + m0; }, to, MR * kc);
+        else
+            strips_from_rows<T>(
+                mc, kc, [&](long m) FASTGPT_LAMBDA { return p.A[m0 + m] + k0; }, to, MR * kc);
     }
 
     // to[k * NR + j] = element (k0 + k, n0 + j), k < kc, j < width; zero up to a whole register.
@@ -84,13 +87,9 @@ template <class T> struct Fma {
     }
 };
 
-template <class T> struct EngineFor {
-    using type = Fma<T>;
-};
+template <class T> struct EngineFor { using type = Fma<T>; };
 #ifdef FASTGPT_AMX
-template <> struct EngineFor<float> {
-    using type = Amx;
-};
+template <> struct EngineFor<float> { using type = Amx; };
 #endif
 
 // The last step of a tile at C[at]: bias, and gelu where it follows.
@@ -104,53 +103,64 @@ template <class T> FASTGPT_INLINE void finish_tile(const Product<T>& p, long at,
         });
 }
 
-// Terms k0 .. k0 + kc - 1 of one block. -> false, with nothing done, if the engine can't take the values of A.
-template <class Engine, class T>
-FASTGPT_NOINLINE bool add_terms(const Product<T>& p, long m0, long m_end, long n0, long n_end, long k0, long kc,
-                                T* memory) {
+// What a task works in, for blocks of `rows` rows and `terms` terms at a time.
+template <class Engine, class T> struct Workspace {
+    T *panel, *sums, *strips, *rest;
+    bool* taken; // strip by strip
+
+    static long count(long rows) { return (rows + Engine::row_unit) / Engine::MR; }
+    static long size(long rows, long terms) { // in values of T
+        return Engine::panel_size(terms) + Engine::MR * Engine::NR + count(rows) * Engine::strip_size(terms) +
+               round_up(count(rows), 64);
+    }
+    Workspace(T* memory, long rows, long terms)
+        : panel(memory), sums(panel + Engine::panel_size(terms)), strips(sums + Engine::MR * Engine::NR),
+          rest(memory + size(rows, terms)),
+          taken(reinterpret_cast<bool*>(strips + count(rows) * Engine::strip_size(terms))) {}
+};
+
+// Terms k0 .. k0 + kc - 1 of one block of C. A tile that the engine can't take is left to Fma: by the values alone, not
+// by the block it is in, so that the bits don't depend on the blocks.
+template <class Engine, class T> FASTGPT_NOINLINE void add_terms(const Product<T>& p, long m0, long m_end, long n0,
+                                                                 long n_end, long k0, long kc, T* memory) {
     constexpr long MR = Engine::MR, NR = Engine::NR;
     const bool first = k0 == 0 && !p.add, last = k0 + kc >= p.K;
-    T *panel = memory, *sums = panel + Engine::panel_size(kc), *strips = sums + MR * NR;
-    T* rest = strips + (m_end - m0 + Engine::row_unit) / MR * Engine::strip_size(kc);
-    if (!Engine::pack_strips(p, m0, m_end - m0, k0, kc, strips)) return false;
+    const Workspace<Engine, T> work(memory, m_end - m0, kc);
+    Engine::pack_strips(p, m0, m_end - m0, k0, kc, work.strips, work.taken);
     for (long n = n0; n < n_end; n += NR) {
         const long width = n_end - n < NR ? n_end - n : NR;
-        if (!Engine::pack_panel(p, k0, kc, n, width, panel)) {
-            if constexpr (!std::is_same<Engine, Fma<T>>::value) // which takes everything
-                add_terms<Fma<T>>(p, m0, m_end, n, n + width, k0, kc, rest);
-            continue;
-        }
+        const bool panel_taken = Engine::pack_panel(p, k0, kc, n, width, work.panel);
         for (long m = m0; m < m_end; m += MR) {
-            const T* strip = strips + (m - m0) / MR * Engine::strip_size(kc);
+            const T* strip = work.strips + (m - m0) / MR * Engine::strip_size(kc);
             const long rows = m_end - m < MR ? m_end - m : MR;
             T* c = p.C + m * p.N + n;
-            if (rows == MR && Engine::fits(width, p.N))
-                Engine::tile(kc, strip, panel, width, c, p.N, !first);
+            if constexpr (!Engine::takes_all)
+                if (!panel_taken || !work.taken[(m - m0) / MR]) {
+                    add_terms<Fma<T>>(p, m, m + rows, n, n + width, k0, kc, work.rest);
+                    continue;
+                }
+            if (rows == MR && Engine::fits(width, p.N)) Engine::tile(kc, strip, work.panel, width, c, p.N, !first);
             else {
-                Engine::tile(kc, strip, panel, width, sums, NR, false);
+                Engine::tile(kc, strip, work.panel, width, work.sums, NR, false);
                 for (long i = 0; i < rows; i++)
                     for_channels<T>(width, [&](long j, int w) FASTGPT_LAMBDA {
                         T* to = c + i * p.N + j;
-                        const vec<T> v = load(sums + i * NR + j);
+                        const vec<T> v = load(work.sums + i * NR + j);
                         store_first(to, first ? v : load_first(to, w) + v, w);
                     });
             }
             if (last && (p.bias || p.activated)) finish_tile(p, m * p.N + n, n, rows, width);
         }
     }
-    return true;
 }
 
 template <class T> void matmul(const Product<T>& p) {
     using Engine = typename EngineFor<T>::type;
     const int workers = num_threads();
     const Blocks<Engine> blocks(p.M, p.N, workers);
-    const auto memory = [&](auto engine) {
-        using E = decltype(engine);
-        return E::panel_size(Engine::KC) + E::MR * E::NR +
-               (blocks.MC + E::row_unit) / E::MR * E::strip_size(Engine::KC);
-    };
-    Scratch<T> scratch(workers, memory(Engine()) + (std::is_same<Engine, Fma<T>>::value ? 0 : memory(Fma<T>())));
+    const long terms = p.K < Engine::KC ? p.K : Engine::KC; // at a time
+    Scratch<T> scratch(workers, Workspace<Engine, T>::size(blocks.MC, terms) +
+                                    (Engine::takes_all ? 0 : Workspace<Fma<T>, T>::size(Engine::MR, terms)));
     parallel_tasks(blocks.down * blocks.across, workers, [&](int64_t task, int worker) {
         const long m0 = task / blocks.across * blocks.MC, n0 = task % blocks.across * blocks.NC;
         const long m_end = p.M - m0 < blocks.MC ? p.M : m0 + blocks.MC;
@@ -158,8 +168,7 @@ template <class T> void matmul(const Product<T>& p) {
         Engine::begin();
         for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += Engine::KC) {
             const long kc = p.K - k0 < Engine::KC ? p.K - k0 : Engine::KC;
-            if (!add_terms<Engine>(p, m0, m_end, n0, n_end, k0, kc, scratch.part(worker)))
-                add_terms<Fma<T>>(p, m0, m_end, n0, n_end, k0, kc, scratch.part(worker));
+            add_terms<Engine>(p, m0, m_end, n0, n_end, k0, kc, scratch.part(worker));
         }
         Engine::end();
     });

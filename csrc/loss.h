@@ -1,4 +1,5 @@
-// The loss of a language model: gpt.py's lm_loss, mean cross-entropy of softmax(hidden W^T), and both gradients at once.
+// The loss of a language model: gpt.py's lm_loss, mean cross-entropy of softmax(hidden W^T), and both gradients at
+// once.
 //
 //   l = h W^T        p = softmax(l)        loss = mean over the targets t that count of (log sum_j exp(l_j) - l_t)
 //
@@ -8,7 +9,8 @@
 //
 // With a vocabulary of 50,257 the logits l of 1,024 positions take 206 MB, more than all else that a training step
 // holds. They need never exist as a whole: the loss is a sum, so its gradient is known up to one factor, dloss, as soon
-// as the logits of a position are. Here the forward takes some positions at a time and makes all that follows from them:
+// as the logits of a position are. Here the forward takes some positions at a time and makes all that follows from
+// them:
 //
 //                 V                    V                            C
 //          +--------------+    +--------------+               +-----------+
@@ -17,8 +19,8 @@
 //                                            \ -> dW += dl^T h, V x C
 //
 // and the backward only multiplies by dloss. Three matrix products, as with whole logits; holding the logits back and
-// making them anew in the backward would cost a fourth. (The idea is Liger-Kernel's.) Nothing is saved but the gradients
-// themselves. Without gradients, the first product alone is done.
+// making them anew in the backward would cost a fourth. (The idea is Liger-Kernel's.) Nothing is saved but the
+// gradients themselves. Without gradients, the first product alone is done.
 
 // Positions at a time: at most 56 MiB of logits, in parts of equal size.
 template <class T> FASTGPT_INLINE long loss_rows(long M, long V) {
@@ -31,7 +33,8 @@ template <class T> FASTGPT_INLINE T largest(const T* l, long n) {
     T top = l[0];
     vec<T> m[2] = {broadcast(top), broadcast(top)};
     long c = 0;
-    for (; c + 2 * VL<T> <= n; c += 2 * VL<T>) m[0] = max<T>(m[0], load(l + c)), m[1] = max<T>(m[1], load(l + c + VL<T>));
+    for (; c + 2 * VL<T> <= n; c += 2 * VL<T>)
+        m[0] = max<T>(m[0], load(l + c)), m[1] = max<T>(m[1], load(l + c + VL<T>));
     for (; c < n; c++) top = l[c] > top ? l[c] : top;
     m[0] = max<T>(m[0], m[1]);
     for (int i = 0; i < VL<T>; i++) top = m[0][i] > top ? m[0][i] : top;

@@ -171,7 +171,6 @@ template <class T> FASTGPT_NOINLINE void transpose(int rows, int cols, const T* 
                                                    long to_line, T scale, bool pad) {
     for_columns<T>(
         rows, cols, [&](long r) FASTGPT_LAMBDA { return from + r * from_line; },
-        [&](long c, long r, vec<T> v) FASTGPT_LAMBDA {
-            store_first(to + c * to_line + r, v * broadcast(scale), pad ? VL<T> : int(rows - r));
-        });
+        [&](long c, long r, vec<T> v)
+            FASTGPT_LAMBDA { store_first(to + c * to_line + r, v * broadcast(scale), pad ? VL<T> : int(rows - r)); });
 }

@@ -4,7 +4,8 @@
     model = gpt.GPT(gpt.GPTConfig(), ops=fastgpt)
 
 layer_norm, gelu, linear, attention and lm_loss have the signatures of gpt.py's functions and the same values and
-gradients; linear_gelu is gelu(linear(...)) in one pass. The environment variable FASTGPT_ISA forces an instruction set (see `fastgpt info`).
+gradients; linear_gelu is gelu(linear(...)) in one pass. The environment variable FASTGPT_ISA forces an instruction set
+(see `fastgpt info`).
 """
 
 import ctypes

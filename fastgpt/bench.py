@@ -177,7 +177,8 @@ def show(r):
     best = f"{r['best']} {cell(r['best'])}" if r["best"] != "torch" else ""
     share = f"{r['share']:.0%}" if r["share"] else "-"
     columns = f"{cell('formula'):>16}{cell('torch'):>16}{best:>32}{cell('kernel'):>16}{r['ratio']:>7.2f}x"
-    print(f"{r['op']:<12}{r['case']:<20}{r['part']:<17}{columns}{r['rate']:>8.1f} {r['unit']:<7}{share:>10}", flush=True)
+    rate = f"{r['rate']:>8.1f} {r['unit']:<7}"
+    print(f"{r['op']:<12}{r['case']:<20}{r['part']:<17}{columns}{rate}{share:>10}", flush=True)
 
 
 def bench_models(quick, seconds, limit, compiled):

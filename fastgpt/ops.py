@@ -395,9 +395,7 @@ def _linear_gelu_gradients(ctx, dout, _):
     return *_linear_grads(dinner, x, weight, ctx.needs_input_grad), None
 
 
-_linear_gelu = _Kernel(
-    _linear_gelu_forward, None, _linear_gelu_fake, None, _linear_gelu_setup, _linear_gelu_gradients
-)
+_linear_gelu = _Kernel(_linear_gelu_forward, None, _linear_gelu_fake, None, _linear_gelu_setup, _linear_gelu_gradients)
 
 # ---------------------------------------------------------------------------------------------------- lm_loss
 
@@ -457,7 +455,8 @@ def _lm_loss_gradients(ctx, dloss, *_):
     grads = ctx.saved_tensors
     if torch.is_grad_enabled() or _traced(dloss) or dloss.item() != 1.0:
         grads = _lm_loss.differentiate(dloss, *grads)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)), None, None, None
+    for_hidden, for_weight, *_ = ctx.needs_input_grad
+    return grads[0] if for_hidden else None, grads[1] if for_weight else None, None, None, None
 
 
 _lm_loss = _Kernel(

@@ -2,8 +2,8 @@
 // processor has. For processors that only an emulator has, and for sanitizers.
 //
 // The rule is fastgpt/check.py's: truth is the formula in more digits (here long double); a kernel's error is at most
-// twice that of the formula in the kernel's own type, plus two roundings of the largest true value. Exit status: 1 if any
-// tensor fails.
+// twice that of the formula in the kernel's own type, plus two roundings of the largest true value. Exit status: 1 if
+// any tensor fails.
 
 #include "../../csrc/kernels.h"
 #include "../../csrc/parallel.h"
@@ -38,8 +38,8 @@ static Values<Real> normal(long n, double scale = 1, double shift = 0) {
 
 static int failed = 0, compared = 0;
 
-template <class T> void compare(const std::string& what, const Values<Real>& truth, const Values<T>& formula,
-                                const Values<T>& kernel) {
+template <class T>
+void compare(const std::string& what, const Values<Real>& truth, const Values<T>& formula, const Values<T>& kernel) {
     Real largest = 0, of_formula = 0, of_kernel = 0;
     for (size_t i = 0; i < truth.size(); i++) {
         largest = std::max(largest, std::fabs(truth[i]));
@@ -63,7 +63,8 @@ void check(const std::string& what, const Inputs& inputs, const Formula& formula
     for (const auto& x : inputs) typed.push_back(as<T>(x));
     const auto truth = formula(inputs);
     const auto plain = formula(typed), fast = kernel(typed);
-    for (size_t i = 0; i < truth.size(); i++) compare<T>(what + " result " + std::to_string(i), truth[i], plain[i], fast[i]);
+    for (size_t i = 0; i < truth.size(); i++)
+        compare<T>(what + " result " + std::to_string(i), truth[i], plain[i], fast[i]);
 }
 
 template <class T> const KernelsFor<T>& of(const Kernels& k);
@@ -108,7 +109,9 @@ template <class T> void layer_norm(const Kernels& k, const std::string& isa, lon
              });
 }
 
-template <class F> F gelu(F x) { return x / 2 * (1 + std::tanh(F(0.797884560802865355879892119868763737L) * (x + F(0.044715L) * x * x * x))); }
+template <class F> F gelu(F x) {
+    return x / 2 * (1 + std::tanh(F(0.797884560802865355879892119868763737L) * (x + F(0.044715L) * x * x * x)));
+}
 
 template <class T> void gelus(const Kernels& k, const std::string& isa, long R, long C) {
     const auto formula = [=](const auto& in) {
@@ -116,7 +119,8 @@ template <class T> void gelus(const Kernels& k, const std::string& isa, long R, 
         using F = typename V::value_type;
         V y(R * C), dx(R * C);
         for (long i = 0; i < R * C; i++) {
-            const F x = in[0][i], root = F(0.797884560802865355879892119868763737L), t = std::tanh(root * (x + F(0.044715L) * x * x * x));
+            const F x = in[0][i], root = F(0.797884560802865355879892119868763737L),
+                    t = std::tanh(root * (x + F(0.044715L) * x * x * x));
             y[i] = gelu(x);
             dx[i] = in[1][i] * ((1 + t) / 2 + x / 2 * (1 - t * t) * root * (1 + 3 * F(0.044715L) * x * x));
         }
@@ -151,8 +155,7 @@ void matmul(const Kernels& k, const std::string& isa, long M, long N, long K, bo
                  Values<T> c = in[3], y(M * N), g(M * N), alone(M * N);
                  const auto A = rows(in[0], A_transposed ? M : K), B = rows(in[1], B_transposed ? K : N);
                  of<T>(k).matmul({M, N, K, A, A_transposed, B, B_transposed, c.data(), true});
-                 of<T>(k).matmul(
-                     {M, N, K, A, A_transposed, B, B_transposed, y.data(), false, in[2].data(), g.data()});
+                 of<T>(k).matmul({M, N, K, A, A_transposed, B, B_transposed, y.data(), false, in[2].data(), g.data()});
                  of<T>(k).matmul(
                      {M, N, K, A, A_transposed, B, B_transposed, alone.data(), false, in[2].data(), alone.data()});
                  return std::vector<Values<T>>{c, y, g, alone};
