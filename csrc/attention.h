@@ -18,8 +18,8 @@
 //            NQ queries, side by side in the lanes           keys    queries ->
 //          +-----------------------------------+               |   [#\ . . . ]     # whole tiles
 //   NK     |                                   |               v   [# #\ . . ]     \ tiles cut by the diagonal: each
-//   keys   |   S^T = K Q^T   then P^T, dS^T    |                   [# # #\ . ]       panel of columns ends where its
-//          |                                   |                   [# # # #\ ]       last query does
+//   keys   |   S^T = K Q^T   then P^T, dS^T    |                   [# # #\ . ]       register of queries ends where
+//          |                                   |                   [# # # #\ ]       the last of them does
 //          +-----------------------------------+                                   . never touched
 //
 // Queries lie across SIMD lanes (as in gemma.cpp), so the running maximum and sum of a softmax go down the columns,
