@@ -34,8 +34,8 @@ def info():
     print(f"{tiktoken.__version__} on {platform.system()} {platform.machine()}")
     print(f"instruction sets: {', '.join(_kernels.isas())}; in use: {_kernels.isa()} (FASTGPT_ISA forces another)")
     if _kernels.isa() == "amx":
-        print("matrix products: on AMX's tiles, a float32 as three bfloat16, whose six products take less than half the")
-        print("  time of a float32 multiply-add; FASTGPT_ISA=avx512 does without")
+        print("matrix products: on AMX's tiles, a float32 as three bfloat16, whose six products take less than half")
+        print("  the time of a float32 multiply-add; FASTGPT_ISA=avx512 does without")
     else:
         print("matrix products: float32 multiply-adds")
     print(f"threads: {_kernels.num_threads()}, in torch's own pool (torch.set_num_threads sets their number)")
