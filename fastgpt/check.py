@@ -161,12 +161,12 @@ def compare_models(config, seed=0, kernels=ops):
 
 def report(rows, file=None):
     """Print rows as a table. -> how many failed"""
-    print(f"{'op':<11}{'shape':<20}{'tensor':<24}{'formula err':>12}{'kernel err':>12}{'ratio':>7}  verdict", file=file)
+    print(f"{'op':<12}{'shape':<20}{'tensor':<24}{'formula err':>12}{'kernel err':>12}{'ratio':>7}  verdict", file=file)
     for r in rows:
         ratio = "-" if math.isnan(r.ratio) else f"{r.ratio:.2f}"
         shape = "x".join(map(str, r.shape))
         verdict = "ok" if r.ok else f"FAILED, expected <= {r.bound:.1e}"
-        print(f"{r.op:<11}{shape:<20}{r.tensor:<24}{r.reference:12.1e}{r.kernel:12.1e}{ratio:>7}  {verdict}", file=file)
+        print(f"{r.op:<12}{shape:<20}{r.tensor:<24}{r.reference:12.1e}{r.kernel:12.1e}{ratio:>7}  {verdict}", file=file)
     failed = sum(not r.ok for r in rows)
     print(f"{len(rows) - failed} of {len(rows)} tensors agree with float64 as well as the formula does", file=file)
     return failed
