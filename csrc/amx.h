@@ -35,8 +35,11 @@ struct Amx {
     static FASTGPT_INLINE long strip_size(long kc) { return MR * ((kc + depth - 1) / depth * depth) * bytes / 4; }
     static FASTGPT_INLINE long panel_size(long kc) { return strip_size(kc) / MR * NR; }
 
-    // In C without a buffer: tiles are slow to write across cache lines.
-    static FASTGPT_INLINE bool fits(long width, long line) { return width == NR && line % 16 == 0; }
+    // In C without a buffer: tiles are slow to write across cache lines, and a sum that goes on in a tile, where the
+    // next terms join it pair by pair, rounds more often than one to which their sum is added.
+    static FASTGPT_INLINE bool fits(long width, long line, bool first) {
+        return first && width == NR && line % 16 == 0;
+    }
 
     // 16 lines of 32 values (`along` the terms), or 32 lines of 16, become the tiles of their three parts, 2048 bytes
     // apart. Pair i of a line is made of terms i and 16 + i: the order of the terms is free, so long as A and B agree.

@@ -50,7 +50,7 @@ template <class T> struct Fma {
     // In values of T.
     static FASTGPT_INLINE long strip_size(long kc) { return MR * kc; }
     static FASTGPT_INLINE long panel_size(long kc) { return NR * kc; }
-    static FASTGPT_INLINE bool fits(long width, long) { return width % VL<T> == 0; } // in C without a buffer
+    static FASTGPT_INLINE bool fits(long width, long, bool) { return width % VL<T> == 0; } // in C without a buffer
     static FASTGPT_INLINE void begin() {}
     static FASTGPT_INLINE void end() {}
 
@@ -139,7 +139,8 @@ template <class Engine, class T> FASTGPT_NOINLINE void add_terms(const Product<T
                     add_terms<Fma<T>>(p, m, m + rows, n, n + width, k0, kc, work.rest);
                     continue;
                 }
-            if (rows == MR && Engine::fits(width, p.N)) Engine::tile(kc, strip, work.panel, width, c, p.N, !first);
+            if (rows == MR && Engine::fits(width, p.N, first))
+                Engine::tile(kc, strip, work.panel, width, c, p.N, !first);
             else {
                 Engine::tile(kc, strip, work.panel, width, work.sums, NR, false);
                 for (long i = 0; i < rows; i++)

@@ -1,8 +1,6 @@
 """Outputs and gradients of every kernel against float64, by the rule of fastgpt/check.py."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 import fastgpt
 import gpt
 from fastgpt import check, ops
+from fastgpt.bench import in_a_fresh_process
 
 T_SIZES = (1, 2, 63, 65, 97, 128, 257, 1000)
 C_SIZES = (48, 64, 768, 769, 1600)
@@ -385,11 +384,11 @@ before = peak_memory()
 fastgpt.lm_loss(hidden, weight, torch.zeros(1, 1024, dtype=torch.int64)).backward()
 print(peak_memory() - before)
 """
-    grown = float(subprocess.check_output([sys.executable, "-c", code]))
+    grown = float(in_a_fresh_process(code))
     assert 32 < grown < 64  # MiB; whole, the logits are 196
 
 
 def test_attention_memory_grows_with_T_and_not_with_its_square():
     code = "from fastgpt.bench import attention_memory; print(attention_memory('kernel', {}))"
-    short, long = (float(subprocess.check_output([sys.executable, "-c", code.format(T)])) for T in (2048, 8192))
+    short, long = (float(in_a_fresh_process(code.format(T))) for T in (2048, 8192))
     assert long < 5 * short
