@@ -62,7 +62,7 @@ FASTGPT_NOINLINE void panel_product(int M, int vectors, long K, Left A, const T*
     }
 }
 
-// Copies that make strips, `strip` values apart; values behind the last row become zero, up to a whole register.
+// Copies that make strips, `strip` values apart; values behind the last row become zero, up to a whole strip.
 template <class T> struct StripWriter {
     T* to;
     long strip;
@@ -80,7 +80,10 @@ template <class T> struct StripWriter {
 // line(m) holds all terms of row m.
 template <class T, class Line>
 FASTGPT_INLINE void strips_from_rows(long rows, long terms, const Line& line, T* to, long strip) {
-    for_columns<T>(rows, terms, line, StripWriter<T>{to, strip});
+    const StripWriter<T> put{to, strip};
+    for_columns<T>(rows, terms, line, put);
+    for (long m = round_up(rows, VL<T>); m < round_up(rows, MR); m += VL<T>) // where a register is less than a strip
+        for (long k = 0; k < terms; k++) put(k, m, vec<T>{});
 }
 
 // line(k) holds term k of all rows.
@@ -94,6 +97,8 @@ FASTGPT_INLINE void strips_from_terms(long rows, long terms, const Line& line, T
             for_channels<T>(rows - m < some ? rows - m : some,
                             [&](long i, int n) FASTGPT_LAMBDA { put(k, m + i, load_first(from + i, n)); });
         }
+    for (long m = round_up(rows, VL<T>); m < round_up(rows, MR); m += VL<T>)
+        for (long k = 0; k < terms; k++) put(k, m, vec<T>{});
 }
 
 // How a row of `vectors` registers is cut into panels of at most NV: as evenly as can be, 4 = 2 + 2 and not 3 + 1.

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace fastgpt {
@@ -66,6 +67,9 @@ template <class T> class Scratch {
         : values_((values * int64_t(sizeof(T)) + 63) / 64 * 64 / int64_t(sizeof(T))) {
         if (posix_memalign(reinterpret_cast<void**>(&memory_), 64, size_t(parts * values_) * sizeof(T) + 64))
             throw std::bad_alloc();
+#ifdef FASTGPT_POISON // for tests: NaN in all of it, so that a value that nobody wrote shows
+        memset(static_cast<void*>(memory_), 0xFF, size_t(parts * values_) * sizeof(T) + 64);
+#endif
     }
     ~Scratch() { free(memory_); }
     Scratch(const Scratch&) = delete;

@@ -45,7 +45,7 @@ void compare(const std::string& what, const Values<Real>& truth, const Values<T>
         largest = std::max(largest, std::fabs(truth[i]));
         of_formula = std::max(of_formula, std::fabs(formula[i] - truth[i]));
         const Real error = std::fabs(kernel[i] - truth[i]);
-        of_kernel = error <= of_kernel ? of_kernel : error; // NaN stays
+        if (error > of_kernel || error != error) of_kernel = error; // once NaN, it stays: nothing is greater
     }
     const Real bound = 2 * of_formula + 2 * std::numeric_limits<T>::epsilon() * largest;
     compared++;
