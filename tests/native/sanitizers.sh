@@ -10,7 +10,7 @@ build g++ $sanitize
 cp -r "$root/csrc" "$root/fastgpt" "$root/gpt.py" "$root/setup.py" "$root/pyproject.toml" "$root/README.md" \
     "$root/LICENSE" "$work"
 rm -f "$work"/fastgpt/*.so
-CXXFLAGS=$sanitize pip install --quiet --no-deps --target "$work/site" "$work"
+CXXFLAGS="$sanitize -DFASTGPT_POISON" pip install --quiet --no-deps --target "$work/site" "$work"
 cd "$root/tests"
 # Python itself is not built with the sanitizer, so its library comes first; and it frees little when it ends.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
