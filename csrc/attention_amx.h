@@ -21,9 +21,9 @@ class AmxAttention {
         const auto take = [&](long floats) { return memory += floats, memory - floats; };
         const long all = tiles(round_up(keys, NK), D);
         scaled = take(NQ * D);
-        K.data = take(all), V.data = take(all), Q.data = take(tiles(NQ, D)), P.data = take(tiles(NK, NR));
-        memory -= tiles(NK, NR); // the rest is the backward's, and larger
-        P.data = take(tiles(NK, NQ)), dS.data = take(tiles(NK, NQ)), dST.data = take(tiles(NK, NQ));
+        K.data = take(all), V.data = take(all), Q.data = take(tiles(NQ, D));
+        P.data = take(tiles(NK, NQ)); // of the forward only tiles(NK, NR), and nothing behind
+        dS.data = take(tiles(NK, NQ)), dST.data = take(tiles(NK, NQ));
         KT.data = take(all), G.data = take(tiles(NQ, D)), QT.data = take(tiles(NQ, D)), GT.data = take(tiles(NQ, D));
     }
 

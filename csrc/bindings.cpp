@@ -235,6 +235,13 @@ void gelu_backward(const py::array& dout, const py::array& x, const py::array& d
 
 // ------------------------------------------------------------------------------------------------ linear
 
+// Where an optional result goes; null for None.
+template <class T> T* optional_output(const char* op, const char* name, const py::object& object, const Shape& shape) {
+    if (object.is_none()) return nullptr;
+    const auto array = py::cast<py::array>(object);
+    return Argument{op, name, array}.output<T>(shape);
+}
+
 // Lines of a matrix: all leading dimensions are one.
 template <class T> Rows<const T> lines(const Argument& a, long& count, long& width) {
     a.expect_dtype<T>(" like the other arguments");
@@ -248,6 +255,15 @@ void refuse_product(const Argument& a, const string& expected) {
     a.refuse("has shape " + spell(shape_of(a.array)), expected);
 }
 
+// The weight of a product: a matrix of lines as wide as the input. axes: "(N, K)"
+template <class T> Rows<const T> weight_lines(const Argument& weight, const string& axes, long K, long& N) {
+    long width;
+    weight.expect_rank(2, axes.c_str());
+    const auto rows = lines<T>(weight, N, width);
+    if (width != K) refuse_product(weight, axes.substr(0, 3) + " " + std::to_string(K) + ")");
+    return rows;
+}
+
 // With `activated`: out = y, activated = gelu(y). They may be one array, which then holds gelu(y) alone.
 void linear_forward(const py::array& x, const py::array& weight, const py::object& bias, const py::array& out,
                     const py::object& activated) {
@@ -255,11 +271,9 @@ void linear_forward(const py::array& x, const py::array& weight, const py::objec
     const Argument input{op, "x", x}, matrix{op, "weight", weight};
     with_dtype(input, [&](auto zero) {
         using T = decltype(zero);
-        long M, K, N, K_weight;
+        long M, K, N;
         const auto A = lines<T>(input, M, K);
-        matrix.expect_rank(2, "(N, K)");
-        const auto B = lines<T>(matrix, N, K_weight);
-        if (K_weight != K) refuse_product(matrix, "(N, " + std::to_string(K) + ")");
+        const auto B = weight_lines<T>(matrix, "(N, K)", K, N);
         const T* b = nullptr;
         if (!bias.is_none()) {
             const auto array = py::cast<py::array>(bias);
@@ -267,11 +281,8 @@ void linear_forward(const py::array& x, const py::array& weight, const py::objec
         }
         Shape shape = shape_of(x);
         shape.back() = N;
-        T *y = Argument{op, "out", out}.output<T>(shape), *g = nullptr;
-        if (!activated.is_none()) {
-            const auto array = py::cast<py::array>(activated);
-            g = Argument{op, "activated", array}.output<T>(shape);
-        }
+        T* y = Argument{op, "out", out}.output<T>(shape);
+        T* g = optional_output<T>(op, "activated", activated, shape);
         compute([&] { chosen<T>().matmul({M, N, K, A, false, B, true, y, false, b, g}); });
     });
 }
@@ -283,24 +294,15 @@ void linear_backward(const py::array& dout, const py::array& x, const py::array&
     const Argument input{op, "x", x}, matrix{op, "weight", weight}, gradient{op, "dout", dout};
     with_dtype(input, [&](auto zero) {
         using T = decltype(zero);
-        long M, K, N, K_weight, M_gradient, N_gradient;
+        long M, K, N, M_gradient, N_gradient;
         const auto X = lines<T>(input, M, K);
-        matrix.expect_rank(2, "(N, K)");
-        const auto W = lines<T>(matrix, N, K_weight);
-        if (K_weight != K) refuse_product(matrix, "(N, " + std::to_string(K) + ")");
+        const auto W = weight_lines<T>(matrix, "(N, K)", K, N);
         Shape shape = shape_of(x);
         shape.back() = N;
         gradient.expect_shape(shape);
         const auto G = lines<T>(gradient, M_gradient, N_gradient);
-        T *to_x = nullptr, *to_weight = nullptr;
-        if (!dx.is_none()) {
-            const auto array = py::cast<py::array>(dx);
-            to_x = Argument{op, "dx", array}.output<T>(shape_of(x));
-        }
-        if (!dweight.is_none()) {
-            const auto array = py::cast<py::array>(dweight);
-            to_weight = Argument{op, "dweight", array}.output<T>({N, K});
-        }
+        T* to_x = optional_output<T>(op, "dx", dx, shape_of(x));
+        T* to_weight = optional_output<T>(op, "dweight", dweight, {N, K});
         compute([&] {
             if (to_x) chosen<T>().matmul({M, K, N, G, false, W, false, to_x});
             if (to_weight) chosen<T>().matmul({N, K, M, G, true, X, false, to_weight});
@@ -318,11 +320,9 @@ double lm_loss(const py::array& hidden, const py::array& weight, const py::array
     double loss = 0;
     with_dtype(input, [&](auto zero) {
         using T = decltype(zero);
-        long M, C, V, C_weight;
+        long M, C, V;
         const auto H = lines<T>(input, M, C);
-        matrix.expect_rank(2, "(V, C)");
-        const auto W = lines<T>(matrix, V, C_weight);
-        if (C_weight != C) refuse_product(matrix, "(V, " + std::to_string(C) + ")");
+        const auto W = weight_lines<T>(matrix, "(V, C)", C, V);
         if (V == 0) refuse_product(matrix, "at least one token");
         Shape shape = shape_of(hidden);
         shape.pop_back();
@@ -331,15 +331,8 @@ double lm_loss(const py::array& hidden, const py::array& weight, const py::array
             if (t[i] < -1 || t[i] >= V)
                 throw py::value_error("lm_loss: targets has " + std::to_string(t[i]) +
                                       ", expected -1 or 0 <= target < V=" + std::to_string(V));
-        T *to_hidden = nullptr, *to_weight = nullptr;
-        if (!dhidden.is_none()) {
-            const auto array = py::cast<py::array>(dhidden);
-            to_hidden = Argument{op, "dhidden", array}.output<T>(shape_of(hidden));
-        }
-        if (!dweight.is_none()) {
-            const auto array = py::cast<py::array>(dweight);
-            to_weight = Argument{op, "dweight", array}.output<T>({V, C});
-        }
+        T* to_hidden = optional_output<T>(op, "dhidden", dhidden, shape_of(hidden));
+        T* to_weight = optional_output<T>(op, "dweight", dweight, {V, C});
         compute([&] { loss = chosen<T>().lm_loss(H, W, t, M, C, V, to_hidden, to_weight); });
     });
     return loss;

@@ -95,11 +95,10 @@ static bool avx512_is_here() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-#define FASTGPT_TABLE(isa, runs_here)                                                                                  \
-    {                                                                                                                  \
-#isa, [] { return bool(runs_here); }, isa::kernels_for < float>, isa::kernels_for < double>, isa::fma_work,    \
-                                           isa::read_work                                                              \
-    }
+// clang-format off
+#define FASTGPT_TABLE(isa, runs_here) \
+    {#isa, [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work, isa::read_work}
+// clang-format on
 
 static const Kernels tables[] = {
     FASTGPT_TABLE(sse2, true),
