@@ -73,13 +73,6 @@ template <class T> struct Tile {
 
 template <class T> FASTGPT_INLINE T base2_scale(long D) { return T(1.4426950408889634 / __builtin_sqrt(double(D))); }
 
-// Rows of one head are D values each, far apart, so the processor can't guess the next. Ask for rows
-// n * part / parts to n * (part + 1) / parts of n.
-template <class T> FASTGPT_INLINE void prefetch_rows(const T* p, long stride, long n, long part, long parts, long D) {
-    for (long i = n * part / parts; i < n * (part + 1) / parts; i++)
-        for (long d = 0; d < D; d += 64 / long(sizeof(T))) __builtin_prefetch(p + i * stride + d, 0, 2);
-}
-
 // Rows of one head, `stride` values apart.
 template <class T> struct HeadRows {
     const T* data;
@@ -264,11 +257,7 @@ template <class Products, bool DROPOUT, class T> bool attend(Products& products,
     for (int i = 0; i < NQ; i++) top[i] = -__builtin_inf(), total[i] = 0;
     for (long i = 0; i < Dp * NQ; i++) OT[i] = 0;
 
-    const bool more = head + 1 < shape.B * shape.H; // the next head's rows are far away: ask for them now
-    const T* next = more ? qkv.at((head + 1) / shape.H, q0) + (head + 1) % shape.H * D : nullptr;
-    const long tiles = (q0 + n + NK - 1) / NK;
     for (long k0 = 0; k0 < q0 + n; k0 += NK) {
-        for (int i = 0; more && i < 3; i++) prefetch_rows(next + i * C, qkv.time, n, k0 / NK, tiles, D);
         for (int p = 0; p < n; p += NR) {
             const int queries = n - p < NR ? n - p : NR;
             if (k0 >= q0 + p + queries) continue;
