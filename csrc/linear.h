@@ -139,6 +139,9 @@ template <class Engine, class T> FASTGPT_NOINLINE void add_terms(const Product<T
                     add_terms<Fma<T>>(p, m, m + rows, n, n + width, k0, kc, work.rest);
                     continue;
                 }
+            if (p.add) // what C holds, perhaps in memory far away, is wanted right after the tile
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < width; j += 64 / long(sizeof(T))) __builtin_prefetch(c + i * p.N + j);
             if (rows == MR && Engine::fits(width, p.N, first))
                 Engine::tile(kc, strip, work.panel, width, c, p.N, !first);
             else {

@@ -75,6 +75,7 @@ template <class T> double lm_loss(const Rows<const T>& hidden, const Rows<const 
     Scratch<T> logits(1, some * V);
     Scratch<double> losses(1, M);
     T* l = logits.part(0);
+    if (dweight) ask_for_huge_pages(dweight, V * C * long(sizeof(T)));
     if (dweight && M == 0)
         for (long i = 0; i < V * C; i++) dweight[i] = 0;
     for (long m0 = 0; m0 < M; m0 += some) {
