@@ -27,21 +27,29 @@ class _Kernel:
     """
 
     def __init__(self, forward, backward, forward_fake, backward_fake, setup_context, gradients):
-        """`backward` is None where `gradients` is made of other kernels' backwards."""
+        """gradients(ctx, dout) -> a gradient for each argument. `backward` is None where other kernels' make them."""
         name = forward.__name__.lstrip("_").removesuffix("_forward")
         self.name, self.forward, self.backward = name, forward, backward
         self.op = self._define(name, forward, forward_fake)
-        torch.library.register_autograd(f"fastgpt::{name}", gradients, setup_context=setup_context, lib=_library)
+
+        def setup(ctx, inputs, output):
+            setup_context(ctx, inputs, output)
+            ctx.set_materialize_grads(False)  # else each output that has no gradient gets one, of zeros, at every call
+
+        def differentiate(ctx, dout, *_):
+            return (None,) * len(ctx.needs_input_grad) if dout is None else gradients(ctx, dout)
+
+        torch.library.register_autograd(f"fastgpt::{name}", differentiate, setup_context=setup, lib=_library)
         if backward:
             self.backward_op = self._define(f"{name}_backward", backward, backward_fake)
             torch.library.register_autograd(f"fastgpt::{name}_backward", self._refuse, lib=_library)
 
         def run(ctx, *args):  # a setup_context of its own would have the arguments bound to names at every call: 20 us
             output = forward(*args)
-            setup_context(ctx, args, output)
+            setup(ctx, args, output)
             return output
 
-        methods = dict(forward=staticmethod(run), backward=staticmethod(gradients))
+        methods = dict(forward=staticmethod(run), backward=staticmethod(differentiate))
         self.eager = type(name, (torch.autograd.Function,), methods).apply
 
     def __call__(self, tensors, *others):
@@ -159,7 +167,7 @@ def _layer_norm_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(stats)
 
 
-def _layer_norm_gradients(ctx, dout, _):
+def _layer_norm_gradients(ctx, dout):
     return *_layer_norm.differentiate(dout, *ctx.saved_tensors), None
 
 
@@ -261,7 +269,7 @@ def _attention_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _attention_gradients(ctx, dout, _):
+def _attention_gradients(ctx, dout):
     return _attention.differentiate(dout, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
@@ -389,7 +397,7 @@ def _linear_gelu_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _linear_gelu_gradients(ctx, dout, _):
+def _linear_gelu_gradients(ctx, dout):
     x, weight, inner = ctx.saved_tensors
     dinner = _gelu.differentiate(dout, inner)
     return *_linear_grads(dinner, x, weight, ctx.needs_input_grad), None
@@ -451,7 +459,7 @@ def _lm_loss_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _lm_loss_gradients(ctx, dloss, *_):
+def _lm_loss_gradients(ctx, dloss):
     grads = ctx.saved_tensors
     if torch.is_grad_enabled() or _traced(dloss) or dloss.item() != 1.0:
         grads = _lm_loss.differentiate(dloss, *grads)

@@ -120,6 +120,36 @@ def test_second_derivative_is_refused(op):
         grad.sum().backward()
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("op", SMALL_SHAPES)
+def test_backward_without_a_gradient_gives_none(op):
+    inputs, options = check.make_inputs(op, SMALL_SHAPES[op])
+    x = next(iter(inputs.values())).requires_grad_()
+    out = NoGradient.apply(getattr(fastgpt, op)(**inputs, **options))
+    (out.sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("op", SMALL_SHAPES)
+def test_backward_makes_no_zeros(op):
+    """What an op saves for its backward is an output of it, but gets no gradient of its own."""
+    inputs, options = check.make_inputs(op, SMALL_SHAPES[op])
+    next(iter(inputs.values())).requires_grad_()
+    out = getattr(fastgpt, op)(**inputs, **options)
+    with torch.profiler.profile() as profile:
+        out.backward(torch.ones_like(out))
+    assert not [event.key for event in profile.key_averages() if "zero" in event.key]
+
+
 @pytest.mark.parametrize(
     "wanted", [c for n in (1, 2) for c in itertools.combinations(("x", "weight", "bias"), n)], ids=str
 )
