@@ -11,6 +11,14 @@
 //   dx = dy (s + x s (1 - s) 2u')        2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 //
 // Saved for the backward: x alone, which the layer before holds anyway.
+//
+//            C columns
+//          +-----------+-----------+
+//   rows   |  task 0   |  task 1   |     A task is 8192 values: some whole rows where they are short, a piece of one
+//          +-----------+-----------+     where they are long. It goes from front to back, a register at a time, and
+//          asks |  task 2   |  task 3   |     for memory well ahead of the register at hand:
+//          +-----------+-----------+
+//                                          [done done done | now | ... | asked for | not yet ]
 
 // s and 1 - s.
 template <class T> struct Gate {

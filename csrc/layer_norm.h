@@ -14,6 +14,17 @@
 // Memory is read once: a row is fetched, stays in the first-level cache, and is passed over again there. The second
 // pass for the variance, and sums of differences from the row's first value, are what makes a large mean harmless.
 //
+//                C channels
+//            +----------------+
+//   block 0  | row            |  forward: mean, rstd, y          A block of rows is a task. The backward adds each row
+//            | row            |  backward: dx, and down the      to the block's own dweight and dbias, and then all
+//            +----------------+  columns  v v v v v v v          blocks' to the result.
+//            |  dweight dbias | ---------------.
+//            +----------------+                 + -> dweight, dbias
+//   block 1  | row            |                /
+//            |  ...           | --------------'
+//            +----------------+
+//
 // The columns of dweight and dbias are summed within fixed blocks of rows and then block by block, so the order depends
 // on the shape alone and the bits do not depend on the number of threads.
 //
