@@ -92,12 +92,12 @@ struct Amx {
                     char* tile = strip + (j - i) * 64;
                     const int terms = int(kc - k < depth ? kc - k : depth),
                               lines = int(count - j < 16 ? count - j : 16);
-                    if (lines_are_terms && kc - k >= 2 * depth) // far apart in memory: ask for the next tile's now
-                        for (long t = 0; t < depth; t++) __builtin_prefetch(source[k0 + k + depth + t] + first + j);
-                    if (lines_are_terms)
-                        finite &= split<!B_SIDE>([&](int t) FASTGPT_LAMBDA { return source[k0 + k + t] + first + j; },
-                                                 false, terms, lines, tile);
-                    else
+                    if (lines_are_terms) {
+                        const auto term = [&](long t) FASTGPT_LAMBDA { return source[k0 + k + t] + first + j; };
+                        if (kc - k >= 2 * depth) // far apart in memory: ask for the next tile's now
+                            for (int t = 0; t < depth; t++) __builtin_prefetch(term(depth + t));
+                        finite &= split<!B_SIDE>(term, false, terms, lines, tile);
+                    } else
                         finite &= split<B_SIDE>([&](int l) FASTGPT_LAMBDA { return source[first + j + l] + k0 + k; },
                                                 true, lines, terms, tile);
                 }

@@ -75,6 +75,11 @@ template <class T> struct StripWriter {
         for (int i = 0; i < VL<T>; i += piece)
             __builtin_memcpy(to + (m + i) / MR * strip + k * MR + (m + i) % MR, values + i, piece * sizeof(T));
     }
+    // The rest of the last strip, where a register is less than a strip.
+    FASTGPT_INLINE void end(long rows, long terms) const {
+        for (long m = round_up(rows, VL<T>); m < round_up(rows, MR); m += VL<T>)
+            for (long k = 0; k < terms; k++) (*this)(k, m, vec<T>{});
+    }
 };
 
 // line(m) holds all terms of row m.
@@ -82,8 +87,7 @@ template <class T, class Line>
 FASTGPT_INLINE void strips_from_rows(long rows, long terms, const Line& line, T* to, long strip) {
     const StripWriter<T> put{to, strip};
     for_columns<T>(rows, terms, line, put);
-    for (long m = round_up(rows, VL<T>); m < round_up(rows, MR); m += VL<T>) // where a register is less than a strip
-        for (long k = 0; k < terms; k++) put(k, m, vec<T>{});
+    put.end(rows, terms);
 }
 
 // line(k) holds term k of all rows.
@@ -97,8 +101,7 @@ FASTGPT_INLINE void strips_from_terms(long rows, long terms, const Line& line, T
             for_channels<T>(rows - m < some ? rows - m : some,
                             [&](long i, int n) FASTGPT_LAMBDA { put(k, m + i, load_first(from + i, n)); });
         }
-    for (long m = round_up(rows, VL<T>); m < round_up(rows, MR); m += VL<T>)
-        for (long k = 0; k < terms; k++) put(k, m, vec<T>{});
+    put.end(rows, terms);
 }
 
 // How a row of `vectors` registers is cut into panels of at most NV: as evenly as can be, 4 = 2 + 2 and not 3 + 1.

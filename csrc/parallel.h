@@ -63,15 +63,13 @@ template <class Body> void parallel_tasks(int64_t tasks, const Body& body) {
     parallel_tasks(tasks, num_threads(), [&](int64_t task, int) { body(task); });
 }
 
-constexpr int64_t huge_page = 2 << 20;
-
 // For large memory that nobody has touched yet: where the system gives huge pages to those who ask (Linux's usual
 // setting), the first touch takes half the time, and rows far apart need fewer addresses of pages.
 inline void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    constexpr int64_t page = 4096; // where pages are larger, the system may refuse, and nothing is lost
-    const int64_t skip = -reinterpret_cast<intptr_t>(memory) & (page - 1);
+    constexpr int64_t huge_page = 2 << 20, page = 4096; // the system may refuse where pages are larger: nothing is lost
     if (bytes < 2 * huge_page) return;
+    const int64_t skip = -reinterpret_cast<intptr_t>(memory) & (page - 1);
     madvise(static_cast<char*>(memory) + skip, size_t((bytes - skip) / page * page), MADV_HUGEPAGE);
 #endif
 }
@@ -82,8 +80,7 @@ template <class T> class Scratch {
     Scratch(int64_t parts, int64_t values)
         : values_((values * int64_t(sizeof(T)) + 63) / 64 * 64 / int64_t(sizeof(T))) {
         const int64_t bytes = parts * values_ * int64_t(sizeof(T)) + 64;
-        const size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
-        if (posix_memalign(reinterpret_cast<void**>(&memory_), alignment, size_t(bytes))) throw std::bad_alloc();
+        if (posix_memalign(reinterpret_cast<void**>(&memory_), 64, size_t(bytes))) throw std::bad_alloc();
         ask_for_huge_pages(memory_, bytes);
 #ifdef FASTGPT_POISON // for tests: NaN in all of it, so that a value that nobody wrote shows
         memset(static_cast<void*>(memory_), 0xFF, size_t(bytes));

@@ -17,6 +17,7 @@ need() { # need TOOL...: without them, there is nothing to show
 build() {
     local compiler=$1
     shift
-    "$compiler" -std=c++17 -O2 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math-errno -pthread -DFASTGPT_POISON "$@" \
+    "$compiler" -std=c++17 -O2 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math-errno -pthread \
+        -DFASTGPT_POISON "$@" \
         -o "$work/kernels_test" "$root/tests/native/kernels_test.cpp" "$root/csrc/dispatch.cpp"
 }
