@@ -19,6 +19,8 @@
 
 #include "philox.h"
 
+#include "attention_plain.h"
+
 #include "attention.h"
 
 #include "machine.h"

@@ -1,8 +1,8 @@
 // Causal attention on packed (B, T, 3C) queries, keys and values: gpt.py's attention, in tiles, in the manner of
 // FlashAttention-2 (Dao 2023). No T x T matrix exists anywhere.
 //
-//   S_ij = q_i . k_j / sqrt(D),  j <= i        P_ij = exp(S_ij - lse_i)        lse_i = log sum_j exp(S_ij)
-//   o_i  = sum_j P_ij v_j
+//   S_ij = q_i . k_j / sqrt(D),  j <= i        m_i = max_j S_ij        l_i = sum_j exp(S_ij - m_i)
+//   P_ij = exp(S_ij - m_i) / l_i               o_i = sum_j P_ij v_j
 //
 // Backward. With dP_ij = do_i . v_j the softmax gives dS_ij = P_ij (dP_ij - delta_i), where
 // delta_i = sum_j P_ij dP_ij = do_i . o_i needs no sum over keys:
@@ -12,8 +12,10 @@
 // Dropout multiplies P by z_ij = 0 or 1 / (1 - dropout) where it meets v: o and dv take z P, dP becomes z dP, and
 // delta_i = do_i . o_i still holds.
 //
-// Saved for the backward: out, which the next layer holds anyway, and lse, one number a query and head (in base 2,
-// since exp2 is what the kernel computes: log2(e) / sqrt(D) is folded into Q). P is made anew from both.
+// Saved for the backward: out, which the next layer holds anyway, and m and 1 / l, two numbers a query and head (in base
+// 2, since exp2 is what the kernel computes: log2(e) / sqrt(D) is folded into Q). P is computed again from them. Their
+// logarithm, m + log2(l), would be one number, but its rounding is that of a score: where scores are in the hundreds, it
+// alone costs P three digits.
 //
 //            NQ queries, side by side in the lanes           keys    queries ->
 //          +-----------------------------------+               |   [#\ . . . ]     # whole tiles
@@ -118,8 +120,8 @@ template <class T> class FmaAttention {
     // S^T = K Q^T for the panel of queries from p on.
     FASTGPT_INLINE void scores(const Tile<T>& tile, int p, T* S) const {
         tile.stairs(0, tile.lanes, [&](int row, int rows, int c) FASTGPT_LAMBDA {
-            const StripsOf<T> k{K + (tile.k0 + row) * Dp, MR * Dp};
-            panel_product<T, false>(rows, (tile.lanes - c) / VL<T>, D, k, QT + p * Dp + c, NR, S + row * NR + c, NR);
+            over_channels(rows, (tile.lanes - c) / VL<T>, K + (tile.k0 + row) * Dp, QT + p * Dp + c, NR,
+                          S + row * NR + c);
         });
     }
     // O^T += V^T P^T
@@ -151,9 +153,8 @@ template <class T> class FmaAttention {
             const int end = (p.begin + p.vectors) * VL<T>;
             tile.stairs(p.begin * VL<T>, end, [&](int row, int rows, int c) FASTGPT_LAMBDA {
                 const int vectors = (end - c) / VL<T>, at = row * NQ + c;
-                const StripsOf<T> k{K + (j + row) * Dp, MR * Dp}, v{V + (j + row) * Dp, MR * Dp};
-                panel_product<T, false>(rows, vectors, D, k, QT + c, NQ, S + at, NQ);
-                panel_product<T, false>(rows, vectors, D, v, GT + c, NQ, dP + at, NQ);
+                over_channels(rows, vectors, K + (j + row) * Dp, QT + c, NQ, S + at);
+                over_channels(rows, vectors, V + (j + row) * Dp, GT + c, NQ, dP + at);
             });
         }
     }
@@ -176,6 +177,17 @@ template <class T> class FmaAttention {
     long head = -1, filled = 0;
     T *K, *V, *KT, *QT, *GT = nullptr, *Q = nullptr, *G = nullptr;
 
+    // C = A B over all channels: A strips of keys, B columns of queries, lines of B and C `line` values apart. At most 256
+    // terms in a row, as in matmul: short sums of sums round less than a long sum.
+    FASTGPT_INLINE void over_channels(int rows, int vectors, const T* A, const T* B, long line, T* C) const {
+        constexpr long some = 256;
+        for (long d = 0; d < D; d += some) {
+            const StripsOf<T> a{A + d * MR, MR * Dp};
+            const long n = D - d < some ? D - d : some;
+            if (d == 0) panel_product<T, false>(rows, vectors, n, a, B, line, C, line);
+            else panel_product<T, true>(rows, vectors, n, a, B + d * line, line, C, line);
+        }
+    }
     void columns(const T* x, long stride, int n, T* to, int line, T scale) const {
         transpose<T>(n, int(D), x, stride, to, line, scale, true);
     }
@@ -244,7 +256,7 @@ softmax_panel(const Tile<T>& tile, long Dp, long zero_to, T* S, const T* keep, T
 // One block of NQ queries of one head. -> false if these products can't take the values.
 template <class Products, bool DROPOUT, class T> bool attend(Products& products, const AttentionShape& shape,
                                                              Sequence<const T> qkv, long head, long q0, T* memory,
-                                                             T* out, T* lse) {
+                                                             T* out, T* stats) {
     constexpr int NR = Products::NR; // blocks of queries lie panel by panel
     const long D = shape.D, C = shape.H * D, b = head / shape.H, h = head % shape.H, Dp = Products::padded(D);
     const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
@@ -271,8 +283,8 @@ template <class Products, bool DROPOUT, class T> bool attend(Products& products,
         }
     }
 
-    T* log_sums = lse + head * shape.T + q0;
-    for (int i = 0; i < n; i++) log_sums[i] = top[i] + T(__builtin_log2(double(total[i])));
+    T *row_max = stats + head * shape.T + q0, *inverse_sum = row_max + shape.B * shape.H * shape.T;
+    for (int i = 0; i < n; i++) row_max[i] = top[i], inverse_sum[i] = T(1) / total[i];
     for (int p = 0; p < n; p += NR) {
         T* O = OT + p * Dp;
         for (int c = 0; c < NR; c += VL<T>) {
@@ -284,8 +296,22 @@ template <class Products, bool DROPOUT, class T> bool attend(Products& products,
     return true;
 }
 
+// Which heads have only finite values: the others are left to PlainAttention.
+template <class T> void find_finite_heads(const AttentionShape& shape, Sequence<const T> qkv,
+                                          const Sequence<const T>* dout, bool* finite) {
+    const long D = shape.D, C = shape.H * D;
+    parallel_tasks(shape.B * shape.H, [&](int64_t head) {
+        const long b = head / shape.H, h = head % shape.H;
+        bool all = !dout || all_finite<T>(shape.T, D, [&](long t) FASTGPT_LAMBDA { return dout->at(b, t) + h * D; });
+        for (long part = 0; part < 3 && all; part++)
+            all = all_finite<T>(shape.T, D,
+                                [&](long t) FASTGPT_LAMBDA { return qkv.at(b, t) + part * C + h * D; });
+        finite[head] = all;
+    });
+}
+
 template <class T, bool DROPOUT>
-void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse) {
+void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* stats) {
     using Products = typename AttentionFor<T>::type;
     using Fma = FmaAttention<T>;
     constexpr int NR = Products::NR > Fma::NR ? Products::NR : Fma::NR;
@@ -296,41 +322,49 @@ void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, 
         other_copies(workers, Fma::forward_size(shape.T, D));
     Scratch<Products> products(workers, 1);
     for (int w = 0; w < workers; w++) new (products.part(w)) Products(copies.part(w), shape.T, D);
+    const Scratch<bool> finite(1, shape.B * shape.H);
+    find_finite_heads<T>(shape, qkv, nullptr, finite.part(0));
+    Scratch<T> plain(workers, 2 * shape.T);
     // the last blocks of queries see the most keys: begin with them, so that no long task is left for the end
     parallel_tasks(shape.B * shape.H * blocks, workers, [&](int64_t task, int worker) {
         const long head = task / blocks, q0 = (blocks - 1 - task % blocks) * NQ;
+        if (!finite[head]) {
+            if (q0 == 0) PlainAttention<T>{shape, qkv, head}.forward(plain.part(worker), out);
+            return;
+        }
         Products::begin();
         const bool done =
-            attend<Products, DROPOUT>(*products.part(worker), shape, qkv, head, q0, scratch.part(worker), out, lse);
+            attend<Products, DROPOUT>(*products.part(worker), shape, qkv, head, q0, scratch.part(worker), out, stats);
         Products::end();
         if (done) return;
         Fma fma(other_copies.part(worker), shape.T, D);
-        attend<Fma, DROPOUT>(fma, shape, qkv, head, q0, scratch.part(worker), out, lse);
+        attend<Fma, DROPOUT>(fma, shape, qkv, head, q0, scratch.part(worker), out, stats);
     });
 }
 
 // P and dS of one tile, from S and dP: P^T meets do with dropout applied, dS meets q and k. Both become zero where no
 // query sees the key, up to row `zero_to`.
 template <class T, bool DROPOUT> FASTGPT_NOINLINE void
-softmax_backward_tile(const Tile<T>& tile, long zero_to, T* S, T* dP, const T* keep, const T* lse, const T* delta) {
+softmax_backward_tile(const Tile<T>& tile, long zero_to, T* S, T* dP, const T* keep, const T* row_max,
+                      const T* inverse_sum, const T* delta) {
     for (int c = 0; c < tile.lanes; c += VL<T>) {
         const int rows = tile.visible(c + VL<T>);
-        const vec<T> l = load(lse + c);
+        const vec<T> m = load(row_max + c), inverse = load(inverse_sum + c);
         vec<T> mean = load(delta + c);
         if (tile.has_all_keys_of(c)) { // few keys, some P near 1: sum P dP itself, whose rounding cancels with dP's
             mean = vec<T>{};
             for (long at = c; at < rows * NQ; at += NQ) {
-                const vec<T> PdP = exp2(load(S + at) - l) * load(dP + at);
-                mean += DROPOUT ? PdP * load(keep + at) : PdP;
+                const vec<T> z = DROPOUT ? load(keep + at) : broadcast(T(1));
+                mean += exp2(load(S + at) - m) * inverse * rounded<T>(load(dP + at) * z);
             }
         }
         for (int j = 0; j < rows; j++) {
             const long at = j * NQ + c;
-            const vec<T> P = exp2(load(S + at) - l);
+            const vec<T> P = exp2(load(S + at) - m) * inverse;
             if (DROPOUT) {
                 const vec<T> z = load(keep + at);
                 store(S + at, P * z);
-                store(dP + at, P * (load(dP + at) * z - mean));
+                store(dP + at, P * (rounded<T>(load(dP + at) * z) - mean));
             } else {
                 store(S + at, P);
                 store(dP + at, P * (load(dP + at) - mean));
@@ -353,7 +387,7 @@ inline long key_ranges(const AttentionShape& s) {
 // values.
 template <class Products, bool DROPOUT, class T>
 bool attend_backward(Products& products, const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
-                     Sequence<const T> out, const T* lse, long head, long k_begin, long k_end, T* memory, T* dq,
+                     Sequence<const T> out, const T* stats, long head, long k_begin, long k_end, T* memory, T* dq,
                      long dq_stride, T* dqkv) {
     const long D = shape.D, C = shape.H * D, b = head / shape.H, h = head % shape.H, Dp = Products::padded(D);
     const long range = round_up(k_end - k_begin, NK);
@@ -362,7 +396,7 @@ bool attend_backward(Products& products, const AttentionShape& shape, Sequence<c
         return HeadRows<T>{qkv.at(b, t) + part * C + h * D, qkv.time};
     };
     T *S = memory, *dP = S + NQ * NK, *keep = dP + NQ * NK, *dQT = keep + NQ * NK, *GT = dQT + Dp * NQ; // G is dO
-    T *lses = GT + Dp * NQ, *delta = lses + NQ, *dK = delta + NQ, *dV = dK + range * Dp;
+    T *row_max = GT + Dp * NQ, *inverse_sum = row_max + NQ, *delta = inverse_sum + NQ, *dK = delta + NQ, *dV = dK + range * Dp;
     if (!products.range(k_end - k_begin, rows(k_begin, 1), rows(k_begin, 2))) return false;
     for (long i = 0; i < 2 * range * Dp; i++) dK[i] = 0;
 
@@ -370,8 +404,11 @@ bool attend_backward(Products& products, const AttentionShape& shape, Sequence<c
         const int n = int(shape.T - q0 < NQ ? shape.T - q0 : NQ);
         const HeadRows<T> g{dout.at(b, q0) + h * D, dout.time};
         if (!products.queries_and_gradients(rows(q0, 0), g, n)) return false;
-        for (int i = 0; i < NQ; i++) // lanes behind the last query: P = 2^-inf = 0
-            lses[i] = i < n ? lse[head * shape.T + q0 + i] : T(__builtin_inf());
+        for (int i = 0; i < NQ; i++) { // past the last query, P = 2^-inf * 0 = 0
+            const T* saved = stats + head * shape.T + q0 + i;
+            row_max[i] = i < n ? saved[0] : T(__builtin_inf());
+            inverse_sum[i] = i < n ? saved[shape.B * shape.H * shape.T] : T(0);
+        }
         T* OT = dQT; // for a moment; delta adds in the order in which the product adds dP, so that they cancel well
         transpose<T>(n, int(D), g.data, g.stride, GT, NQ, T(1), true);
         transpose<T>(n, int(D), out.at(b, q0) + h * D, out.time, OT, NQ, T(1), true);
@@ -390,7 +427,7 @@ bool attend_backward(Products& products, const AttentionShape& shape, Sequence<c
             products.scores_and_gradients(tile, j, S, dP);
             if (tile.on_diagonal()) tile.mask(S, NQ);
             if (DROPOUT) dropout_tile<T, NQ>(shape.dropout, shape.seed, head, q0, k0, tile.rows, keep);
-            softmax_backward_tile<T, DROPOUT>(tile, zero_to, S, dP, keep, lses, delta);
+            softmax_backward_tile<T, DROPOUT>(tile, zero_to, S, dP, keep, row_max, inverse_sum, delta);
             if (!products.add_gradients(tile, j, n, S, dP, dV, dK, dQT)) return false;
         }
         transpose<T>(int(D), n, dQT, NQ, dq + q0 * dq_stride, dq_stride, scale, false);
@@ -407,27 +444,34 @@ bool attend_backward(Products& products, const AttentionShape& shape, Sequence<c
 
 template <class T, bool DROPOUT> void attention_backward_with(const AttentionShape& shape, Sequence<const T> dout,
                                                               Sequence<const T> qkv, Sequence<const T> out,
-                                                              const T* lse, T* dqkv) {
+                                                              const T* stats, T* dqkv) {
     using Products = typename AttentionFor<T>::type;
     using Fma = FmaAttention<T>;
     const long D = shape.D, C = shape.H * D, heads = shape.B * shape.H, ranges = key_ranges(shape);
     const long range = round_up((shape.T + ranges - 1) / ranges, NK); // keys, whole tiles
     const long Dp = Products::padded(D) > Fma::padded(D) ? Products::padded(D) : Fma::padded(D);
     const int workers = num_threads();
-    Scratch<T> scratch(workers, 3 * NQ * NK + 2 * Dp * NQ + 2 * NQ + 2 * range * Dp);
+    Scratch<T> scratch(workers, 3 * NQ * NK + 2 * Dp * NQ + 3 * NQ + 2 * range * Dp);
     Scratch<T> copies(workers, Products::backward_size(range, D)), other_copies(workers, Fma::backward_size(range, D));
     Scratch<T> partial(heads * (ranges - 1), shape.T * D); // dq of all ranges but the first
 
+    const Scratch<bool> finite(1, heads);
+    find_finite_heads(shape, qkv, &dout, finite.part(0));
+    Scratch<T> plain(workers, 3 * shape.T);
     parallel_tasks(heads * ranges, workers, [&](int64_t task, int worker) {
         const long head = task % heads, r = task / heads;
         const long k_begin = r * range, k_end = (r + 1) * range < shape.T ? (r + 1) * range : shape.T;
         if (k_begin >= k_end) return;
+        if (!finite[head]) {
+            if (r == 0) PlainAttention<T>{shape, qkv, head}.backward(plain.part(worker), dout, dqkv);
+            return;
+        }
         const auto run = [&](auto products) {
             using P = decltype(products);
             T* dq = r ? partial.part(head * (ranges - 1) + r - 1)
                       : dqkv + head / shape.H * shape.T * 3 * C + head % shape.H * D;
             P::begin();
-            const bool done = attend_backward<P, DROPOUT>(products, shape, dout, qkv, out, lse, head, k_begin, k_end,
+            const bool done = attend_backward<P, DROPOUT>(products, shape, dout, qkv, out, stats, head, k_begin, k_end,
                                                           scratch.part(worker), dq, r ? D : 3 * C, dqkv);
             P::end();
             return done;
@@ -438,6 +482,7 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
     if (ranges > 1)
         parallel_tasks(heads * ((shape.T + NQ - 1) / NQ), workers, [&](int64_t task, int) {
             const long head = task % heads, b = head / shape.H, h = head % shape.H, q0 = task / heads * NQ;
+            if (!finite[head]) return;
             for (long q = q0; q < q0 + NQ && q < shape.T; q++) {
                 T* dq = dqkv + (b * shape.T + q) * 3 * C + h * D;
                 for (long r = 1; r < ranges && r * range < shape.T && r * range / NQ * NQ <= q0; r++) { // began by q0
@@ -448,13 +493,13 @@ template <class T, bool DROPOUT> void attention_backward_with(const AttentionSha
         });
 }
 
-template <class T> void attention_forward(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse) {
-    return shape.dropout > 0 ? attention_forward_with<T, true>(shape, qkv, out, lse)
-                             : attention_forward_with<T, false>(shape, qkv, out, lse);
+template <class T> void attention_forward(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* stats) {
+    return shape.dropout > 0 ? attention_forward_with<T, true>(shape, qkv, out, stats)
+                             : attention_forward_with<T, false>(shape, qkv, out, stats);
 }
 
 template <class T> void attention_backward(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
-                                           Sequence<const T> out, const T* lse, T* dqkv) {
-    return shape.dropout > 0 ? attention_backward_with<T, true>(shape, dout, qkv, out, lse, dqkv)
-                             : attention_backward_with<T, false>(shape, dout, qkv, out, lse, dqkv);
+                                           Sequence<const T> out, const T* stats, T* dqkv) {
+    return shape.dropout > 0 ? attention_backward_with<T, true>(shape, dout, qkv, out, stats, dqkv)
+                             : attention_backward_with<T, false>(shape, dout, qkv, out, stats, dqkv);
 }

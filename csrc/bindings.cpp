@@ -356,7 +356,7 @@ AttentionShape attention_shape(const Argument& qkv, long n_head, double dropout,
 }
 
 void attention_forward(const py::array& qkv, long n_head, double dropout, uint64_t seed, const py::array& out,
-                       const py::array& lse) {
+                       const py::array& stats) {
     const char* op = "attention";
     const Argument input{op, "qkv", qkv};
     with_dtype(input, [&](auto zero) {
@@ -364,12 +364,12 @@ void attention_forward(const py::array& qkv, long n_head, double dropout, uint64
         const auto s = attention_shape(input, n_head, dropout, seed);
         const auto packed = input.sequence<T>();
         T* o = Argument{op, "out", out}.output<T>({s.B, s.T, s.H * s.D});
-        T* l = Argument{op, "lse", lse}.output<T>({s.B, s.H, s.T});
-        if (s.B > 0 && s.T > 0) compute([&] { chosen<T>().attention_forward(s, packed, o, l); });
+        T* m = Argument{op, "stats", stats}.output<T>({2, s.B, s.H, s.T});
+        if (s.B > 0 && s.T > 0) compute([&] { chosen<T>().attention_forward(s, packed, o, m); });
     });
 }
 
-void attention_backward(const py::array& dout, const py::array& qkv, const py::array& out, const py::array& lse,
+void attention_backward(const py::array& dout, const py::array& qkv, const py::array& out, const py::array& stats,
                         long n_head, double dropout, uint64_t seed, const py::array& dqkv) {
     const char* op = "attention_backward";
     const Argument input{op, "qkv", qkv}, gradient{op, "dout", dout}, output{op, "out", out};
@@ -382,9 +382,9 @@ void attention_backward(const py::array& dout, const py::array& qkv, const py::a
             a->expect_shape({s.B, s.T, s.H * s.D});
         }
         const auto g = gradient.sequence<T>(), o = output.sequence<T>();
-        const T* l = Argument{op, "lse", lse}.input<T>({s.B, s.H, s.T});
+        const T* m = Argument{op, "stats", stats}.input<T>({2, s.B, s.H, s.T});
         T* to_qkv = Argument{op, "dqkv", dqkv}.output<T>({s.B, s.T, 3 * s.H * s.D});
-        if (s.B > 0 && s.T > 0) compute([&] { chosen<T>().attention_backward(s, g, packed, o, l, to_qkv); });
+        if (s.B > 0 && s.T > 0) compute([&] { chosen<T>().attention_backward(s, g, packed, o, m, to_qkv); });
     });
 }
 
@@ -437,8 +437,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("linear_backward", linear_backward, arg("dout"), arg("x"), arg("weight"), py::arg("dx"), py::arg("dweight"));
     m.def("lm_loss", lm_loss, arg("hidden"), arg("weight"), arg("targets"), py::arg("dhidden"), py::arg("dweight"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
-          arg("out"), arg("lse"));
-    m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("lse"), py::arg("n_head"),
+          arg("out"), arg("stats"));
+    m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("stats"), py::arg("n_head"),
           py::arg("dropout"), py::arg("seed"), arg("dqkv"));
 
     m.def("isas", isas, "The instruction sets that this build has and this processor runs, oldest first.");

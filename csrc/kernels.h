@@ -76,9 +76,9 @@ template <class T> struct KernelsFor {
     void (*matmul)(const Product<T>& product);
     double (*lm_loss)(const Rows<const T>& hidden, const Rows<const T>& weight, const int64_t* targets, long M, long C,
                       long V, T* dhidden, T* dweight);
-    void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* lse);
+    void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* stats);
     void (*attention_backward)(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
-                               Sequence<const T> out, const T* lse, T* dqkv);
+                               Sequence<const T> out, const T* stats, T* dqkv);
 };
 
 struct Kernels {

@@ -99,7 +99,7 @@ template <class T> FASTGPT_INLINE void finish_tile(const Product<T>& p, long at,
             vec<T> y = load_first(p.C + at + j, n);
             if (p.bias) y += load_first(p.bias + n0 + j, n);
             if (p.activated != p.C) store_first(p.C + at + j, y, n);
-            if (p.activated) store_first(p.activated + at + j, y * Gate<T>(y).open, n);
+            if (p.activated) store_first(p.activated + at + j, y * gelu_sigmoid<T>(y), n);
         });
 }
 

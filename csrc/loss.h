@@ -41,11 +41,24 @@ template <class T> FASTGPT_INLINE T largest(const T* l, long n) {
     return top;
 }
 
+// The same where a logit is infinite: as torch's logsumexp, whose value is then infinite and whose softmax is NaN there
+// and 0 elsewhere.
+template <class T, bool GRADIENT> FASTGPT_NOINLINE double infinite_loss_row(T* l, long V, long target, T scale) {
+    const T inf = T(__builtin_inf()), nan = T(__builtin_nan(""));
+    const double target_logit = l[target];
+    bool any_nan = false;
+    for (long j = 0; j < V; j++) any_nan |= l[j] != l[j];
+    for (long j = 0; GRADIENT && j < V; j++) l[j] = any_nan || l[j] == inf ? nan : T(0);
+    if (GRADIENT) l[target] -= scale;
+    return any_nan ? double(nan) : double(inf) - target_logit;
+}
+
 // l (V) -> its log-sum-exp minus l[target]; with GRADIENT, l becomes scale * (softmax(l) - [j = target]).
 template <class T, bool GRADIENT> FASTGPT_NOINLINE double loss_row(T* l, long V, long target, T scale) {
     const T log2e = T(1.4426950408889634);
     const double chosen = l[target];
     const vec<T> highest = broadcast(largest(l, V));
+    if (highest[0] > max_finite<T>) return infinite_loss_row<T, GRADIENT>(l, V, target, scale);
     vec<T> s[2] = {};
     const auto power = [&](long c, int n) FASTGPT_LAMBDA {
         vec<T> e = exp2((load_first(l + c, n) - highest) * broadcast(log2e));
@@ -86,12 +99,11 @@ template <class T> double lm_loss(const Rows<const T>& hidden, const Rows<const 
             const long target = targets[m0 + i];
             T* row = l + i * V;
             double& loss = losses.part(0)[m0 + i];
+            const bool counts = target >= 0, gradient = dhidden || dweight; // what doesn't count has gradient 0 * softmax
             loss = 0;
-            if (target >= 0)
-                loss = dhidden || dweight ? loss_row<T, true>(row, V, target, scale)
-                                          : loss_row<T, false>(row, V, target, scale);
-            else
-                for (long j = 0; j < V; j++) row[j] = 0;
+            if (gradient) loss = loss_row<T, true>(row, V, counts ? target : 0, counts ? scale : T(0));
+            else if (counts) loss = loss_row<T, false>(row, V, target, scale);
+            if (!counts) loss = 0;
         });
         if (dhidden) matmul<T>({rows, C, V, dl, false, weight, false, dhidden + m0 * C});
         if (dweight) matmul<T>({V, C, rows, dl, true, h, false, dweight, m0 > 0});

@@ -89,6 +89,7 @@ template <class T> class Scratch {
     ~Scratch() { free(memory_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
+    T& operator[](int64_t i) const { return memory_[i]; } // of the first part
     T* part(int64_t i) const { return memory_ + i * values_; }
 
   private:

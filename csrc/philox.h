@@ -27,3 +27,10 @@ FASTGPT_NOINLINE void dropout_tile(double dropout, uint64_t seed, long head, lon
             for (int i = 0; i < NQ; i++) keep[(j + word) * NQ + i] = c[word][i] >= threshold ? scale : T(0);
     }
 }
+
+// The factor of one weight: 1 / (1 - dropout) or 0.
+template <class T> FASTGPT_NOINLINE T dropout_factor(double dropout, uint64_t seed, long head, long query, long key) {
+    T keep[4];
+    dropout_tile<T, 1>(dropout, seed, head, query, key / 4 * 4, 4, keep);
+    return keep[key % 4];
+}

@@ -25,6 +25,8 @@ template <class T> using vec = typename simd<T>::vec;
 template <class T> using mask = typename simd<T>::mask;
 template <class T> constexpr int VL = vector_bytes / sizeof(T);
 
+template <class T> constexpr T max_finite = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+
 template <class T> FASTGPT_INLINE vec<T> load(const T* p) { // unaligned
     vec<T> v;
     __builtin_memcpy(&v, p, sizeof v);
@@ -55,6 +57,16 @@ template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const St
 
 // x - {} and not {} + x: 0 + x must turn -0 into 0, so GCC would emit a real addition for every broadcast.
 template <class T> FASTGPT_INLINE vec<T> broadcast(T x) { return x - vec<T>{}; }
+
+// v, rounded to T here and now: the compiler may not fuse what made it with what uses it.
+template <class T> FASTGPT_INLINE vec<T> rounded(vec<T> v) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#endif
+    return v;
+}
 
 // Written so that a NaN in b stays: a > NaN is false.
 template <class T> FASTGPT_INLINE vec<T> max(vec<T> a, vec<T> b) { return a > b ? a : b; }

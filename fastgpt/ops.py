@@ -225,7 +225,7 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> 
     (B, T, 3C) -> (B, T, C), float32 or float64; qkv holds queries, keys and values side by side, as one projection
     wrote them, and gets its gradient in the same form. `dropout` zeroes that share of the attention weights and scales
     the others up; which ones follows from `seed` (0 <= seed < 2**63) exactly as in gpt.py's dropout_mask.
-    Saves `out` and one number a query and head, the log-sum-exp in base 2.
+    Saves `out` and two numbers a query and head: its largest score, in base 2, and 1 / the sum of its exponentials.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or if 3 * n_head doesn't divide 3C.
     """
     for name, number in (("n_head", n_head), ("seed", seed)):
@@ -238,27 +238,27 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> 
 
 def _attention_fake(qkv, n_head, dropout, seed):
     B, T, channels = qkv.shape
-    return qkv.new_empty(B, T, channels // 3), qkv.new_empty(B, n_head, T)
+    return qkv.new_empty(B, T, channels // 3), qkv.new_empty(2, B, n_head, T)
 
 
 def _attention_forward(qkv: Tensor, n_head: int, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
     packed = _array(qkv)
     if qkv.dim() != 3 or n_head < 1:  # no shape to allocate: only the error
         _kernels.attention_forward(packed, n_head, dropout, seed, packed, packed)
-    out, lse = _attention_fake(qkv, n_head, dropout, seed)
-    _kernels.attention_forward(packed, n_head, dropout, seed, out.numpy(), lse.numpy())
-    return out, lse
+    out, stats = _attention_fake(qkv, n_head, dropout, seed)
+    _kernels.attention_forward(packed, n_head, dropout, seed, out.numpy(), stats.numpy())
+    return out, stats
 
 
-def _attention_backward_fake(dout, qkv, out, lse, n_head, dropout, seed):
+def _attention_backward_fake(dout, qkv, out, stats, n_head, dropout, seed):
     return _like(qkv)
 
 
 def _attention_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout: float, seed: int
+    dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, dropout: float, seed: int
 ) -> Tensor:
     dqkv = _like(qkv)
-    arrays = (_array(x) for x in (_rows_adjacent(dout), qkv, out, lse))
+    arrays = (_array(x) for x in (_rows_adjacent(dout), qkv, out, stats))
     _kernels.attention_backward(*arrays, n_head, dropout, seed, dqkv.numpy())
     return dqkv
 
@@ -295,7 +295,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     try:
         if _few(x, weight, bias):
-            return F.linear(x, weight, bias)
+            return _few_rows(x, weight, bias)
         return _linear(dict(x=x, weight=weight, bias=bias))
     except (AttributeError, IndexError, RuntimeError):
         _check_linear("linear", x, weight, bias)
@@ -308,6 +308,12 @@ FEW_ROWS = 32
 def _few(x, weight, bias):
     few = x.dtype in _DTYPES and x.numel() < FEW_ROWS * x.shape[-1] and (bias is None or bias.dim() == 1)
     return few and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _few_rows(x, weight, bias):
+    """F.linear, but with the bias added last: torch adds each product to it, and rounds to its last digit every time."""
+    out = F.linear(x, weight)
+    return out if bias is None else out + bias
 
 
 def _check_linear(op, x, weight, bias):
@@ -370,7 +376,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     try:
         if _few(x, weight, bias):
-            return gelu(F.linear(x, weight, bias))
+            return gelu(_few_rows(x, weight, bias))
         keep = torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )

@@ -10,13 +10,18 @@ import gpt
 from fastgpt import check, ops
 from fastgpt.bench import in_a_fresh_process
 
-T_SIZES = (1, 2, 63, 65, 97, 128, 257, 1000)
+T_SIZES = (1, 2, 63, 65, 97, 128, 257)
 C_SIZES = (48, 64, 768, 769, 1600)
 D_SIZES = (8, 16, 48, 64, 80, 128)
 
 
 def assert_parity(rows):
-    bad = [f"{r.tensor} of {r.op} {r.shape}: error {r.kernel:.2e}, expected <= {r.bound:.2e}" for r in rows if not r.ok]
+    bad = [
+        f"{r.tensor} of {r.op} {r.shape}: error {r.kernel:.2e}, expected <= {r.bound:.2e}; rms {r.rms:.2f}, expected <= "
+        f"{r.rms_bound:.2f}; {r.wrong}"
+        for r in rows
+        if not r.ok
+    ]
     assert rows and not bad, "\n".join(bad)
 
 
@@ -27,14 +32,16 @@ def test_kernel_is_as_exact_as_the_formula(op, shape, isa):
 
 @pytest.mark.parametrize("C", C_SIZES)
 @pytest.mark.parametrize("T", T_SIZES)
-@pytest.mark.parametrize("B", (0, 1, 3))
+@pytest.mark.parametrize("B", (0, 1))
 def test_layer_norm_at_awkward_shapes(B, T, C):
     assert_parity(check.compare("layer_norm", (B, T, C), seed=T))
 
 
 @pytest.mark.parametrize("D", D_SIZES)
-@pytest.mark.parametrize("T", T_SIZES)
+@pytest.mark.parametrize("T", (*T_SIZES, 1000))
 def test_attention_at_awkward_shapes(T, D):
+    if T == 1000 and D not in (16, 64):
+        T = 500
     B = 3 if T < 128 else 1
     assert_parity(check.compare("attention", (B, T, 2, D), seed=T))
 
@@ -195,18 +202,18 @@ def test_attention_does_not_overflow_with_large_scores(isa):
         qkv = torch.randn(1, 130, 3 * 64, generator=generator)
         qkv[..., :128] *= scale  # scores up to scale^2: softmax picks one key
         args = dict(inputs=dict(qkv=qkv), options=dict(n_head=2))
-        rows = check.compare("attention", (scale,), **args)
-        assert all(torch.isfinite(torch.tensor(r.kernel)) for r in rows)
-        assert_parity(rows[:1])  # the gradients of q and k are differences of numbers of the size of scale
+        assert_parity(check.compare("attention", **args))
+        results = check.evaluate(fastgpt.attention, args["inputs"], args["options"], torch.float32)
+        assert all(x.isfinite().all() for x in results.values())
 
 
 def test_attention_of_equal_scores_is_the_mean_so_far(isa):
     T, C = 150, 16
     v = torch.randn(1, T, C, generator=torch.Generator().manual_seed(0))
-    qkv = torch.cat((torch.zeros(1, T, 2 * C), v), -1)
+    inputs = dict(qkv=torch.cat((torch.zeros(1, T, 2 * C), v), -1))
     mean = v.double().cumsum(1) / torch.arange(1, T + 1)[:, None]
-    error, formula_error = ((f(qkv, 2) - mean).abs().max() for f in (fastgpt.attention, gpt.attention))
-    assert error <= 2 * formula_error + check.FLOOR * torch.finfo(torch.float32).eps * mean.abs().max()
+    torch.testing.assert_close(fastgpt.attention(**inputs, n_head=2).double(), mean, rtol=1e-5, atol=1e-5)
+    assert_parity(check.compare("attention", inputs=inputs, options=dict(n_head=2)))
 
 
 def test_attention_never_sees_the_future(isa):
@@ -218,20 +225,42 @@ def test_attention_never_sees_the_future(isa):
         assert torch.equal(fastgpt.attention(changed, 2)[:, : t + 1], out[:, : t + 1])
 
 
-@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_not_a_number_spreads_as_in_the_formula(bad, isa):
-    for op, shape in (
-        ("attention", (1, 70, 1, 8)),
-        ("layer_norm", (3, 21)),
-        ("gelu", (3, 21)),
-        ("linear", (40, 21, 5)),
-        ("linear_gelu", (40, 21, 5)),
-    ):
-        inputs, options = check.make_inputs(op, shape)
-        next(iter(inputs.values())).view(-1)[30] = bad
-        expected, out = (f(**inputs, **options) for f in (getattr(check.FORMULAS, op), getattr(fastgpt, op)))
-        assert not expected.isfinite().all()
-        assert torch.equal(expected.isnan(), out.isnan()) and torch.equal(expected.isinf(), out.isinf())
+INF = float("inf")
+NOT_FINITE = [
+    (op, shape, name)
+    for op, shape in dict(
+        layer_norm=(3, 21), gelu=(3, 21), linear=(40, 21, 5), linear_gelu=(40, 21, 5), attention=(1, 70, 1, 8),
+        lm_loss=(1, 7, 8, 11),
+    ).items()
+    for name in check.make_inputs(op, shape)[0]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", (float("nan"), INF, -INF, 1e20, -1e20, 3e38, 1e-40))
+@pytest.mark.parametrize("op, shape, name", NOT_FINITE, ids=str)
+def test_nan_and_infinities_are_the_formulas_and_what_is_finite_is_true(op, shape, name, bad, isa):
+    inputs, options = check.make_inputs(op, shape)
+    x = inputs[name].view(-1)
+    x[min(30, x.numel() - 3)] = bad
+    assert_parity(check.compare(op, shape, inputs=inputs, options=options))
+
+
+def test_nan_and_infinities_in_two_heads_of_three(isa):
+    inputs, options = check.make_inputs("attention", (2, 130, 3, 16, 0.2))
+    inputs["qkv"][0, 120, 20], inputs["qkv"][1, 5, 130] = INF, float("nan")
+    assert_parity(check.compare("attention", inputs=inputs, options=options))
+
+
+def test_gelu_and_layer_norm_do_not_overflow_where_the_formula_does(isa):
+    x = torch.tensor([1e20, -1e20, 3e38, -3e38, 1e19, 3.0], requires_grad=True)
+    fastgpt.gelu(x).sum().backward()
+    expected = torch.nn.functional.gelu(torch.tensor(3.0, requires_grad=True), approximate="tanh")
+    assert torch.equal(x.grad[:5], torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])) and expected < 3.0
+    for size in (1e19, 1e25, 1e36):
+        inputs = dict(x=torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * size)
+        inputs |= dict(weight=torch.ones(40), bias=torch.zeros(40))
+        assert_parity(check.compare("layer_norm", inputs=inputs, wanted=()))
+        assert abs(fastgpt.layer_norm(**inputs).var(unbiased=False).item() - 1) < 1e-5
 
 
 def test_layer_norm_of_a_large_mean_keeps_its_digits(isa):

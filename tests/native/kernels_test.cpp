@@ -228,11 +228,11 @@ template <class T> void attention(const Kernels& k, const std::string& isa, long
     };
     check<T>(isa + " attention", {normal(B * T_ * 3 * C), normal(B * T_ * C)}, formula,
              [&](const std::vector<Values<T>>& in) {
-                 Values<T> out(B * T_ * C), dx(B * T_ * 3 * C), lse(B * H * T_);
+                 Values<T> out(B * T_ * C), dx(B * T_ * 3 * C), stats(2 * B * H * T_);
                  const AttentionShape shape{B, T_, H, D, 0, 0};
                  const Sequence<const T> qkv{in[0].data(), T_ * 3 * C, 3 * C}, g{in[1].data(), T_ * C, C};
-                 of<T>(k).attention_forward(shape, qkv, out.data(), lse.data());
-                 of<T>(k).attention_backward(shape, g, qkv, {out.data(), T_ * C, C}, lse.data(), dx.data());
+                 of<T>(k).attention_forward(shape, qkv, out.data(), stats.data());
+                 of<T>(k).attention_backward(shape, g, qkv, {out.data(), T_ * C, C}, stats.data(), dx.data());
                  return std::vector<Values<T>>{out, dx};
              });
 }
