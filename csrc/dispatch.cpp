@@ -44,13 +44,13 @@ namespace sse2 { // what every x86-64 has
 } // namespace sse2
 #endif
 
+#ifdef FASTGPT_BUILD_AVX2
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
-#ifdef FASTGPT_BUILD_AVX2
 namespace avx2 {
 #define FASTGPT_VECTOR_BYTES 32
 #define FASTGPT_MR 4
@@ -60,13 +60,18 @@ namespace avx2 {
 #undef FASTGPT_MR
 #undef FASTGPT_NV
 } // namespace avx2
-#endif
 #ifdef __clang__
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#if defined(FASTGPT_BUILD_AVX512) || defined(FASTGPT_BUILD_AMX)
+#ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))),                   \
                              apply_to = function)
 #else
-#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
@@ -92,6 +97,7 @@ namespace amx { // AVX-512, and matrix products on AMX
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
 #endif
 
 // AMX's tiles are 8 KiB of registers, which Linux gives to a process only if it asks.
