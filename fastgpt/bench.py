@@ -509,8 +509,9 @@ def main(argv=None):
     parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios here")
     args = parser.parse_args(argv)
-    for path in filter(None, (args.json, args.markdown, args.plot)):
-        try_file(path)
+    for path in (args.json, args.markdown, args.plot):
+        if path is not None:
+            try_file(path)
     if args.plot:
         known = import_pyplot().figure().canvas.get_supported_filetypes()
         if os.path.splitext(args.plot)[1][1:] not in known:
