@@ -201,7 +201,12 @@ def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(after, tmp_path):
     code = "import fastgpt_command, sys; print('begun', flush=True); sys.exit(fastgpt_command.main())"
     run = subprocess.Popen(
-        [sys.executable, "-c", code, "check"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "check"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
     )
     assert run.stdout.readline() == "begun\n"
     time.sleep(after)
