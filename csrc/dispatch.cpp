@@ -23,8 +23,16 @@
 
 #if defined(__x86_64__)
 
+#ifndef FASTGPT_BUILD_ONE // set by setup.py, with one of these, where the environment has FASTGPT_BUILD_ISA
+#define FASTGPT_BUILD_SSE2
+#define FASTGPT_BUILD_AVX2
+#define FASTGPT_BUILD_AVX512
+#define FASTGPT_BUILD_AMX
+#endif
+
 namespace fastgpt {
 
+#ifdef FASTGPT_BUILD_SSE2
 namespace sse2 { // what every x86-64 has
 #define FASTGPT_VECTOR_BYTES 16
 #define FASTGPT_MR 4
@@ -34,7 +42,9 @@ namespace sse2 { // what every x86-64 has
 #undef FASTGPT_MR
 #undef FASTGPT_NV
 } // namespace sse2
+#endif
 
+#ifdef FASTGPT_BUILD_AVX2
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -52,35 +62,46 @@ namespace avx2 {
 } // namespace avx2
 #ifdef __clang__
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#if defined(FASTGPT_BUILD_AVX512) || defined(FASTGPT_BUILD_AMX)
+#ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))),                   \
                              apply_to = function)
 #else
-#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
-namespace avx512 {
 #define FASTGPT_VECTOR_BYTES 64
 #define FASTGPT_MR 8
 #define FASTGPT_NV 3
+#ifdef FASTGPT_BUILD_AVX512
+namespace avx512 {
 #include "all_kernels.h"
 } // namespace avx512
+#endif
+#ifdef FASTGPT_BUILD_AMX
 namespace amx { // AVX-512, and matrix products on AMX
 #define FASTGPT_AMX
 #include "all_kernels.h"
 #undef FASTGPT_AMX
+} // namespace amx
+#endif
 #undef FASTGPT_VECTOR_BYTES
 #undef FASTGPT_MR
 #undef FASTGPT_NV
-} // namespace amx
 #ifdef __clang__
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+#endif
 
 // AMX's tiles are 8 KiB of registers, which Linux gives to a process only if it asks.
-static bool amx_is_here() {
+[[maybe_unused]] static bool amx_is_here() {
 #ifdef __linux__
     unsigned a, b, c, d;
     const bool has_bfloat16_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
@@ -90,7 +111,7 @@ static bool amx_is_here() {
     return false;
 #endif
 }
-static bool avx512_is_here() {
+[[maybe_unused]] static bool avx512_is_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
@@ -101,10 +122,18 @@ static bool avx512_is_here() {
 // clang-format on
 
 static const Kernels tables[] = {
+#ifdef FASTGPT_BUILD_SSE2
     FASTGPT_TABLE(sse2, true),
+#endif
+#ifdef FASTGPT_BUILD_AVX2
     FASTGPT_TABLE(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+#endif
+#ifdef FASTGPT_BUILD_AVX512
     FASTGPT_TABLE(avx512, avx512_is_here()),
+#endif
+#ifdef FASTGPT_BUILD_AMX
     FASTGPT_TABLE(amx, avx512_is_here() && amx_is_here()),
+#endif
 };
 
 } // namespace fastgpt

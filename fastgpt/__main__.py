@@ -1,8 +1,11 @@
-"""The command `fastgpt`: info, check, bench, train, generate, eval, demo."""
+"""The command `fastgpt`: info, check, bench, demo, train, generate, eval."""
 
+import argparse
+import hashlib
+import itertools
+import os
 import platform
 import sys
-import tempfile
 import time
 
 import numpy
@@ -13,37 +16,29 @@ import gpt
 
 from . import _kernels, bench, check, ops
 
-USAGE = """usage: fastgpt COMMAND ...
-
-  info       versions, instruction set, threads
-  check      parity of kernels and formulas, as a table; status 1 if any fails
-  bench      speed of formulas, torch and kernels
-  train      } gpt.py's command line
-  generate   } with the kernels under it
-  eval       }
-  demo       all of it once, in a minute or two
-
-fastgpt COMMAND --help tells more."""
-
 
 def info():
     """What a report of a problem or of a speed should say."""
-    print(
-        f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, tiktoken ", end=""
-    )
-    print(f"{tiktoken.__version__} on {platform.system()} {platform.machine()}")
+    print(f"fastgpt {bench.version()}, torch {torch.__version__}, numpy {numpy.__version__}, ", end="")
+    print(f"tiktoken {tiktoken.__version__}")
+    print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"processor: {bench.processor()}")
     print(f"instruction sets: {', '.join(_kernels.isas())}; in use: {_kernels.isa()} (FASTGPT_ISA forces another)")
     if _kernels.isa() == "amx":
-        print("matrix products: on AMX's tiles, a float32 as three bfloat16, whose six products take less than half")
-        print("  the time of a float32 multiply-add; FASTGPT_ISA=avx512 does without")
+        print("matrix products: on AMX's tiles, a float32 as three bfloat16, whose six products take less")
+        print("  than half the time of a float32 multiply-add; FASTGPT_ISA=avx512 does without")
     else:
         print("matrix products: float32 multiply-adds")
     print(f"threads: {_kernels.num_threads()}, in torch's own pool (torch.set_num_threads sets their number)")
 
 
+DEMO = ["--steps", "1000", "--eval-every", "250", "--sample", "400"]  # how it trains
+
+
 def demo():
     """The main job: parity, speed, a small GPT trained on the text that every Python carries, and a sample."""
     started = time.perf_counter()
+    demo_folder()  # if none can be written, say so now
     title("This machine")
     info()
     title("Do the kernels compute what gpt.py's formulas say? Errors against float64")
@@ -51,33 +46,130 @@ def demo():
     title("How fast are they?")
     bench.run(quick=True, seconds=1.0)
     title("A small GPT, trained on Python's own help texts, byte by byte")
-    with tempfile.TemporaryDirectory() as out:
-        gpt.main(["train", "--out", out, "--steps", "1000", "--eval-every", "250", "--sample", "400"], ops)
-    print(f"\n{time.perf_counter() - started:.0f} s in all. Next: read gpt.py; `fastgpt train --data FILE`")
+    print("Two kinds of val loss: the lines during training take at most 256 windows, spread over the text that is")
+    print("kept for it; the last line takes all of that text. So the last two differ a little.\n", flush=True)
+    out = demo_folder()
+    gpt.main(["train", "--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO], ops, prog="fastgpt")
+    with open(os.path.join(out, MARK), "w", encoding="utf-8") as file:
+        file.write(fingerprint(out))
+    print(f"\n{time.perf_counter() - started:.0f} s in all; the model is in {out!r}. To try next:\n")
+    model, into = ("", "") if out == "out" else (f" --model {out}", f" --out {out}")
+    for command, what in (
+        (f"fastgpt generate{model}", "more of the same; --prompt TEXT begins it"),
+        (f"fastgpt train --resume --steps 2000{into}", "train it on"),
+        ("fastgpt train --data FILE --out mine", "train another on a text of your own"),
+    ):
+        print(f"  {command:<52}{what}")
     return 1 if failed else 0
+
+
+MARK = "demo.sha256"  # stands beside the demo's model, and says which one it is
+
+
+def fingerprint(folder):
+    """What MARK holds for the model in this folder, in sha256sum's format."""
+    with open(os.path.join(folder, "model.safetensors"), "rb") as file:
+        return f"{hashlib.sha256(file.read()).hexdigest()}  model.safetensors\n"
+
+
+def is_demos_own(folder):
+    """Whether the model in this folder is as a demo left it."""
+    try:
+        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
+            return file.read() == fingerprint(folder)
+    except FileNotFoundError:
+        return False
+
+
+def demo_folder():
+    """Where the demo keeps its model: `out`, where `fastgpt generate` looks, or a free name if that is somebody's."""
+    for name in itertools.chain(("out", "out-demo"), (f"out-demo-{n}" for n in itertools.count(2))):
+        if os.path.exists(name) and not os.path.isdir(name):
+            continue
+        os.makedirs(name, exist_ok=True)
+        if not any(entry.endswith((".safetensors", ".json")) for entry in os.listdir(name)) or is_demos_own(name):
+            bench.try_file(os.path.join(name, MARK))
+            return name
 
 
 def title(text):
     print(f"\n== {text}\n", flush=True)
 
 
+def without_options(command, function):
+    """A command that takes no arguments: argparse answers --help, and refuses what else comes."""
+
+    def run(argv):
+        argparse.ArgumentParser(prog=f"fastgpt {command}", description=function.__doc__).parse_args(argv)
+        return function()
+
+    return run
+
+
+def on_kernels(command):
+    """A command of gpt.py's, with the kernels under it."""
+    return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
+
+
+COMMANDS = {
+    "info": ("versions, processor, instruction set, threads", without_options("info", info)),
+    "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
+    "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
+    "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
+    "train": ("train a model on a text", on_kernels("train")),
+    "generate": ("continue a prompt", on_kernels("generate")),
+    "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
+}
+
+
+def run(argv):
+    """One command. -> its status"""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt",
+        usage="fastgpt [-h] [--version] COMMAND ...",
+        description="GPT-2 on fused kernels: `python gpt.py` is the same train, generate and eval on the formulas.",
+        epilog="\n".join(["commands:", *(f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items())])
+        + "\n\nfastgpt COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("--version", action="version", version=f"fastgpt {bench.version()}")
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    command, *rest = argv
+    parser.parse_args(["--version"] if "--version" in rest else [command])
+    return COMMANDS[command][1](rest) or 0
+
+
 def main(argv=None):
+    """The command line. -> the status: 0, 1 for what failed, 2 for what argparse refuses, 130 for Ctrl-C"""
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv else "--help"
-    if command in ("train", "generate", "eval"):
-        gpt.main(argv, ops, prog="fastgpt")
-    elif command in ("check", "bench"):
+    prog = " ".join(["fastgpt", *argv[:1]])
+    try:
         try:
-            {"check": check, "bench": bench}[command].main(argv[1:])
-        except ValueError as error:
-            sys.exit(f"fastgpt {command}: error: {error}")
-    elif command in ("info", "demo") and len(argv) == 1:
-        sys.exit({"info": info, "demo": demo}[command]())
-    elif command in ("-h", "--help"):
-        print(USAGE)
-    else:
-        sys.exit(f"fastgpt: unknown command {' '.join(argv)!r}\n\n{USAGE}")
+            return run(argv)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where a pipe that nobody reads or a full disk is answered
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        drop_what_cannot_be_written()
+        return 1
+
+
+def drop_what_cannot_be_written():
+    """The interpreter would try to write it again at its end, and complain."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,15 +8,21 @@ multiply-adds a second in registers and bytes a second from memory, are measured
 
 import argparse
 import ctypes
+import datetime
+import importlib.metadata
 import json
+import math
+import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -125,7 +131,7 @@ def op_cases(quick):
     inputs = dict(hidden=normal(1, 1024, C), weight=normal(V, C, scale=0.02))
     work = 2 * 1024 * C * V
     options = dict(targets=torch.randint(V, (1, 1024)))
-    cases.append(("lm_loss", f"1024x{C}, V {V}", inputs, options, (work, 3 * work), "GFLOP/s"))
+    cases.append(("lm_loss", f"1024x{C} V{V}", inputs, options, (work, 3 * work), "GFLOP/s"))
     return cases
 
 
@@ -144,6 +150,7 @@ def bench_ops(quick, seconds, limit, compiled):
             torch.autograd.grad(function(**args, **options), list(args.values()), grad)
 
         for part, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
+            progress(f"{op} {title} {part} ...")
             functions = {name: partial(run, way) for name, way in ways.items()}
             rows.append(row(op, title, part, interleaved(functions, seconds), amount / 1e9, unit, limit))
             show(rows[-1])
@@ -166,29 +173,82 @@ def row(op, title, part, times, amount, unit, limit):
     return result
 
 
-def header():
-    columns = f"{'formula ms':>16}{'torch ms':>16}{'best of torch ms':>32}{'kernel ms':>16}{'ratio':>8}{'rate':>16}"
-    print(f"{'op':<12}{'case':<20}{'part':<17}{columns}{'of limit':>10}")
+COLUMNS = {  # title: width, negative where the text begins at the left; 100 in all
+    "op": -12,
+    "case": -17,
+    "part": -8,
+    "formula": 7,
+    "best of torch": 19,
+    "kernel": 11,
+    "ratio": 7,
+    "rate": 13,
+    "limit": 6,
+}
 
 
-def show(r):
-    def cell(name):
-        return f"{r[name]['ms']:.2f} ±{r[name]['spread']:3.0%}" if name in r else "-"
+def cells(r):
+    """A row of the report as texts, one for each of COLUMNS."""
 
-    best = f"{r['best']} {cell(r['best'])}" if r["best"] != "torch" else ""
+    def digits(value):  # three that count
+        return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+    def time(name):
+        return f"{digits(r[name]['ms'])} ±{r[name]['spread']:.0%}"
+
+    best = time(r["best"]) if r["best"] == "torch" else f"{r['best']} {time(r['best'])}"
+    part = r["part"].replace("forward+backward", "fwd+bwd")
+    rate = f"{digits(r['rate'])} {r['unit']}"
     share = f"{r['share']:.0%}" if r["share"] else "-"
-    columns = f"{cell('formula'):>16}{cell('torch'):>16}{best:>32}{cell('kernel'):>16}{r['ratio']:>7.2f}x"
-    rate = f"{r['rate']:>8.1f} {r['unit']:<7}"
-    print(f"{r['op']:<12}{r['case']:<20}{r['part']:<17}{columns}{rate}{share:>10}", flush=True)
+    return [
+        r["op"],
+        r["case"],
+        part,
+        digits(r["formula"]["ms"]),
+        best,
+        time("kernel"),
+        f"{r['ratio']:.2f}x",
+        rate,
+        share,
+    ]
+
+
+def show(r=None):
+    """Print a row, or the titles."""
+    texts = cells(r) if r else list(COLUMNS)
+    line = "".join(f"{text:{'<' if w < 0 else '>'}{abs(w)}}" for text, w in zip(texts, COLUMNS.values(), strict=True))
+    progress("")
+    print(line.rstrip(), flush=True)
+
+
+def progress(text):
+    """What is measured now, until the next line, if a person watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def notes(rows, isa):
+    """What the columns mean, and why a share may exceed 100 %. -> lines"""
+    lines = [
+        "Medians in ms ± half the distance of the quartiles; of torch's ways the best, by name if not plain.",
+        "ratio: best of torch / kernel. limit: the rate's share of the machine's, measured in this run.",
+    ]
+    above = {r["unit"] for r in rows if r["share"] and r["share"] > 1}
+    if "GB/s" in above:
+        lines.append("Above 100 % of the reads from memory: these tensors stay in the processor's cache.")
+    if "GFLOP/s" in above and isa == "amx":
+        lines.append("Above 100 % of the multiply-adds: these products run on AMX's tiles, which are faster.")
+    elif "GFLOP/s" in above:
+        lines.append("Above 100 % of the multiply-adds: the machine was slower while the limit was measured.")
+    return lines
 
 
 def bench_models(quick, seconds, limit, compiled):
     """A whole training step (loss, gradients, AdamW) and generation, with each set of formulas."""
     rows = []
     small = gpt.GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=257)
-    cases = [("small model", small, 12)]
+    cases = [("small", small, 12)]
     if not quick:
-        cases.append(("GPT-2 124M", gpt.GPTConfig(block_size=256), 1))
+        cases.append(("124M", gpt.GPTConfig(block_size=256), 1))
     for title, config, B in cases:
         models = {"formula": gpt.GPT(config), "torch": gpt.GPT(config, TORCH), "kernel": gpt.GPT(config, ops)}
         losses = {name: model.loss for name, model in models.items()}
@@ -207,6 +267,7 @@ def bench_models(quick, seconds, limit, compiled):
         n = sum(p.numel() for p in models["kernel"].parameters())
         done = 6 * n * B * config.block_size / 1e9
         case = f"B{B} T{config.block_size}, {n / 1e6:.1f}M"
+        progress(f"train step {title} ...")
         times = interleaved({name: partial(step, name) for name in models}, 2 * seconds)
         rows.append(row("train step", case, title, times, done, "GFLOP/s", limit))
         show(rows[-1])
@@ -215,6 +276,7 @@ def bench_models(quick, seconds, limit, compiled):
         def generate(model, prompt=tokens[:1, :8]):
             model.generate(prompt, 24, temperature=0)
 
+        progress(f"generate {title} ...")
         times = interleaved({name: partial(generate, model) for name, model in models.items()}, 2 * seconds)
         rows.append(row("generate", "24 tokens", title, times, 24, "token/s", limit))
         show(rows[-1])
@@ -234,7 +296,6 @@ def balance(seconds):
     times = interleaved({n: partial(run, n) for n in (1, 2)}, seconds)
     torch.set_num_threads(threads)
     ratio = statistics.median(times[1]) / statistics.median(times[2])
-    print(f"attention of one head, T 4096, forward+backward: 2 threads are {ratio:.2f} times as fast as 1")
     return ratio
 
 
@@ -267,8 +328,6 @@ def memory():
         for T in (16384, 32768):
             code = f"from fastgpt import bench; print(bench.attention_memory({what!r}, {T}))"
             results[f"{what} {T}"] = float(in_a_fresh_process(code))
-    print("attention B1 H12 D64 forward+backward, peak memory on top of qkv: ", end="")
-    print(", ".join(f"{name} {mib:.0f} MiB" for name, mib in results.items()))
     return results
 
 
@@ -282,13 +341,7 @@ def keep_memory():
 
 def plot(rows, path):
     """Bars: how many times as fast as torch each kernel is."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     labels = [f"{r['op']}  {r['case']}  {r['part']}" for r in rows]
     figure, axes = pyplot.subplots(figsize=(9, 0.35 * len(rows) + 1))
     bars = axes.barh(labels, [r["ratio"] for r in rows], color="#2f6f9f")
@@ -300,33 +353,173 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def import_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def version():
+    """fastgpt's own."""
+    try:
+        return importlib.metadata.version("fastgpt")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def processor():
+    """The processor's name; with family and model, where Linux tells them: rented machines hide much of the name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = (line.partition(":") for line in file.read().split("\n\n")[0].splitlines())
+        fields = {key.strip(): value.strip() for key, _, value in lines}
+    except OSError:
+        fields = {}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
+    return name
+
+
+def about():
+    """What a figure hangs on."""
+    return dict(
+        fastgpt=version(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=processor(),
+        isa=_kernels.isa(),
+        threads=torch.get_num_threads(),
+    )
+
+
+HELD = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "FASTGPT_ISA", "OMP_NUM_THREADS")  # environment that counts
+
+TITLE = """# Speeds
+
+Written by `fastgpt bench --markdown FILE`, a section for each machine; a new run replaces its machine's section. The
+contestants take turns in one process: gpt.py's formula, torch's own ways to compute the same, and the kernel.
+"""
+
+
+def section(results, argv):
+    """One machine's report in Markdown: (its heading, all of it)."""
+    about, limit = results["about"], results["limits"]
+    held = [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]
+    heading = f"## {about['cpu']}, {about['isa']}, {about['threads']} threads"
+    if rivals := [setting for setting in held if not setting.startswith(("FASTGPT", "OMP"))]:
+        heading += f", torch under {' '.join(rivals)}"
+    command = " ".join([*held, "fastgpt bench", *map(shlex.quote, argv)])
+    lines = [
+        heading,
+        "",
+        f"{datetime.date.today()}, `{command}`",
+        "",
+        f"fastgpt {about['fastgpt']}, torch {about['torch']}, Python {about['python']}, {about['system']}. "
+        f"Limits measured in this run: {limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of "
+        "reads from memory.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "|".join("---" if width < 0 else "--:" for width in COLUMNS.values()) + "|",
+        *("| " + " | ".join(cells(r)) + " |" for r in results["rows"]),
+        "",
+        *(f"{line}  " for line in (*notes(results["rows"], about["isa"]), *extras(results))),
+    ]
+    return heading, "\n".join(lines).rstrip() + "\n"
+
+
+def write_markdown(path, results, argv):
+    """Put this machine's section into the file, in its old one's place or at the end."""
+    heading, new = section(results, argv)
+    path = Path(path)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    title, *sections = ("\n" + (old or TITLE)).split("\n## ")
+    sections = [f"## {text.rstrip()}\n" for text in sections]
+    headings = [text.splitlines()[0] for text in sections]
+    if heading in headings:
+        sections[headings.index(heading)] = new
+    else:
+        sections.append(new)
+    path.write_text("\n".join([title.strip() + "\n", *sections]), encoding="utf-8")
+
+
+def extras(results):
+    """The lines below the table of a full run."""
+    lines = []
+    if "balance" in results:
+        ratio = results["balance"]
+        lines.append(f"Attention of one head, T 4096, fwd+bwd: 2 threads are {ratio:.2f} times as fast as 1.")
+    if "memory" in results:
+        lines.append("Attention B1 H12 D64, fwd+bwd, peak memory on top of qkv:")
+        lines[-1] += ",".join(f" {name} {mib:.0f} MiB" for name, mib in results["memory"].items())
+    return lines
+
+
 def run(quick=False, seconds=2.0, compiled=False):
     """Print the report. -> everything in it, as a dictionary"""
     keep_memory()
     torch.manual_seed(0)
     limit = limits()
-    about = dict(torch=torch.__version__, isa=_kernels.isa(), threads=torch.get_num_threads(), cpu=platform.machine())
-    print(f"torch {about['torch']}, {about['isa']}, {about['threads']} threads; limits measured now: ", end="")
+    results = dict(about=about(), limits=limit)
+    print("torch {torch}, {isa}, {threads} threads; limits measured now:".format_map(results["about"]))
     print(f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory")
-    header()
+    show()
     rows = bench_ops(quick, seconds, limit, compiled) + bench_models(quick, seconds, limit, compiled)
-    results = dict(about=about, limits=limit, rows=rows)
+    results["rows"] = rows
     if not quick:
         results |= dict(balance=balance(2 * seconds), memory=memory())
+    print("\n".join(notes(rows, results["about"]["isa"]) + extras(results)))
     return results
 
 
+def positive(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive number"  # argparse names it in its error
+
+
+def try_file(path):
+    """Find out now that a file can't be written, and not after the minutes that fill it."""
+    there = os.path.exists(path)
+    with open(path, "a", encoding="utf-8"):
+        pass
+    if not there:
+        os.remove(path)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n")[0])
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, no torch.compile")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each line (default 2)")
+    parser.add_argument(
+        "--seconds", type=positive, default=2.0, metavar="S", help="time for each line (default: %(default)s)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios here")
     args = parser.parse_args(argv)
+    for path in (args.json, args.markdown, args.plot):
+        if path is not None:
+            try_file(path)
+    if args.plot:
+        known = import_pyplot().figure().canvas.get_supported_filetypes()
+        if os.path.splitext(args.plot)[1][1:] not in known:
+            raise ValueError(f"--plot is {args.plot!r}, expected a name that ends in one of: .{', .'.join(known)}")
     results = run(args.quick, args.seconds, not (args.quick or args.no_compile))
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    if args.markdown:
+        write_markdown(args.markdown, results, argv)
     if args.plot:
         plot(results["rows"], args.plot)

@@ -1,0 +1,25 @@
+"""The project as it is installed, editable or not: what other folders see of it."""
+
+import shutil
+import subprocess
+import sys
+
+import fastgpt
+import gpt
+
+
+def test_folders_of_the_same_names_do_not_hide_it(tmp_path):
+    # as where the project was cloned, one folder up
+    for name in ("gpt", "fastgpt"):
+        (tmp_path / name).mkdir()
+    code = "import gpt, fastgpt; print(gpt.__file__); print(fastgpt.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.stdout.splitlines() == [gpt.__file__, fastgpt.__file__], run.stderr
+
+
+def test_gpt_py_needs_nothing_of_the_project(tmp_path):
+    # README: copy it to an empty folder and it trains; so the copy there is what is imported
+    shutil.copy(gpt.__file__, tmp_path)
+    code = "import gpt, sys; print(gpt.__file__); assert 'fastgpt' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == str(tmp_path / "gpt.py"), run.stderr
