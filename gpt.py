@@ -417,7 +417,8 @@ def load_tokens(path, tokenizer, block_size):
     with open_data(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(size * 9 // 10)
-        cut = size * 9 // 10 + sum(byte & 0xC0 == 0x80 for byte in file.read(3))  # not within a character
+        after = file.read(3)
+        cut = size * 9 // 10 + len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))  # not within a character
         tokens = np.empty(size, np.uint16)  # no token is shorter than a byte
         train = encode(file, 0, cut, tokenizer, tokens)
         val = encode(file, cut, size, tokenizer, tokens[len(train) :])
