@@ -7,7 +7,7 @@
   5  Data          text to integers and back; one long row of tokens, cut into windows
   6  Training      AdamW, warm-up and cosine, clipping, accumulation
   7  Files         weights in the Hugging Face layout; checkpoints, whole or not at all
-  8  Command line  python gpt.py train | generate | eval; and, last, the random numbers of dropout
+  8  Command line  python gpt.py train | generate | eval; in an appendix, the random numbers of dropout
 
 It needs torch, numpy, tiktoken and safetensors, and nothing else of this project. The model reaches the formulas
 through `ops`: the package `fastgpt` holds the same as fused C++ kernels, and GPT(config, ops=fastgpt) runs on those.
@@ -28,7 +28,6 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -42,8 +41,6 @@ import safetensors.torch
 import tiktoken
 import torch
 from torch import nn
-
-VERSION = "0.2"
 
 # --------------------------------------------------------------------------------------------------- 1  Config
 
@@ -61,8 +58,8 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             size = getattr(self, name)
             expect(type(size) is int and size > 0, f"GPTConfig: {name} is {size!r}, expected a positive integer")
-        multiple = self.n_embd % self.n_head == 0
-        expect(multiple, f"GPTConfig: n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        C, H = self.n_embd, self.n_head
+        expect(C % H == 0, f"GPTConfig: n_embd={C} is not a multiple of n_head={H}")
         expect(0 <= self.dropout < 1, f"GPTConfig: dropout is {self.dropout}, expected 0 <= dropout < 1")
 
 
@@ -104,14 +101,15 @@ def linear_gelu(x, weight, bias=None):
     return gelu(linear(x, weight, bias))
 
 
-linear_gelu.stands_for = (linear, gelu)  # whoever replaces one of the two must not get this in its place
+# Whoever replaces one of the two must not get this in its place.
+linear_gelu.stands_for = (linear, gelu)  # type: ignore[attr-defined]
 
 
 def attention(qkv, n_head, dropout=0.0, seed=0):
     """Positions exchange information, in each head on its own. (B, T, 3C) -> (B, T, C)
 
-    qkv holds the queries, keys and values of all heads side by side. `dropout` zeroes that share of the weights,
-    chosen by `seed`, and scales up the others.
+    qkv holds queries, keys and values of all heads side by side. `dropout` zeroes that share of the weights, which
+    ones `seed` decides, and scales up the others.
     """
     B, T, _ = qkv.shape
     keep = dropout_mask(B, n_head, T, dropout, seed).to(qkv) / (1.0 - dropout) if dropout else None
@@ -121,17 +119,18 @@ def attention(qkv, n_head, dropout=0.0, seed=0):
 def attend(q, k, v, keep=None):
     """Each query takes a mean of the values up to its position, weighted by how well their keys match it.
 
-    softmax(Q K^T / sqrt(D)) V. (B, H, Tq, D), (B, H, Tk, D), (B, H, Tk, D) -> (B, H, Tq, D); the queries are the last
-    Tq of Tk positions.
+    softmax(Q K^T / sqrt(D)) V: (B, H, Tq, D), (B, H, Tk, D), (B, H, Tk, D) -> (B, H, Tq, D). The queries are the
+    last Tq of Tk positions.
     """
-    Tq, Tk, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    (Tq, D), Tk = q.shape[-2:], k.shape[-2]
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, Tq, Tk); a sum of D products has a deviation of sqrt(D)
     future = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1)  # key after query
     weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)  # each row sums to 1
     return (weights if keep is None else weights * keep) @ v
 
 
-attention.attend = attend  # what a cache may call instead, with new queries and all keys
+# What a cache may call instead, with new queries and all keys.
+attention.attend = attend  # type: ignore[attr-defined]
 
 
 def split_heads(qkv, n_head):  # (B, T, 3C) -> q, k, v, each (B, H, T, D)
@@ -174,7 +173,7 @@ class Attention(nn.Module):
         super().__init__()
         self.formula, self.n_head, self.dropout = ops.attention, config.n_head, config.dropout
         self.c_attn = Layer(ops.linear, normal(3 * config.n_embd, config.n_embd))
-        self.c_proj = Layer(ops.linear, normal(config.n_embd, config.n_embd, residual_std(config)))
+        self.c_proj = Layer(ops.linear, normal(config.n_embd, config.n_embd, 2 * config.n_layer))
 
     def forward(self, x, cache=None):  # (B, T, C) -> (B, T, C)
         qkv = self.c_attn(x)  # (B, T, 3C)
@@ -193,7 +192,7 @@ class MLP(nn.Module):
     def __init__(self, config, ops):
         super().__init__()
         self.c_fc = Layer(ops.linear_gelu, normal(4 * config.n_embd, config.n_embd))
-        self.c_proj = Layer(ops.linear, normal(config.n_embd, 4 * config.n_embd, residual_std(config)))
+        self.c_proj = Layer(ops.linear, normal(config.n_embd, 4 * config.n_embd, 2 * config.n_layer))
 
     def forward(self, x):  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
         return self.c_proj(self.c_fc(x))
@@ -217,20 +216,16 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-def normal(n_out, n_in, std=0.02):
-    return torch.empty(n_out, n_in).normal_(0.0, std)
-
-
-def residual_std(config):
-    """2 n_layer projections are added up in the residual stream; scaled so, their sum is as large as one of them."""
-    return 0.02 / math.sqrt(2 * config.n_layer)
+def normal(n_out, n_in, n_added=1):
+    """N(0, 0.02); smaller where n_added outputs add up in the residual stream, so that their sum is as large as one."""
+    return torch.empty(n_out, n_in).normal_(0.0, 0.02 / math.sqrt(n_added))
 
 
 class GPT(nn.Module):
     """The whole model. `ops` is any namespace with the five formulas; None takes those of this file.
 
-    Parameter names are Hugging Face's. The output layer has no weights of its own (tied): a token's row in wte is how it
-    is read and what a hidden state must point to for it to come next. That saves a quarter of gpt2's parameters.
+    Parameter names are Hugging Face's. The output has no weights of its own (tied): a token's row in wte is how it is
+    read and what a hidden state must point to for it to come next. That saves a quarter of the parameters of "gpt2".
     """
 
     def __init__(self, config, ops=None):
@@ -239,8 +234,8 @@ class GPT(nn.Module):
         missing = [name for name in FORMULAS if not callable(getattr(ops, name, None))]
         expect(not missing, f"GPT: ops has no {', '.join(missing)}; expected a namespace with {', '.join(FORMULAS)}")
         self.config, self.ops = config, SimpleNamespace(**{name: getattr(ops, name) for name in FORMULAS})
-        fused = getattr(ops, "linear_gelu", None)
-        known = getattr(fused, "stands_for", None) == (ops.linear, ops.gelu)  # else it would compute another gelu
+        fused = getattr(ops, "linear_gelu", None)  # may still be made of another gelu than the one in ops
+        known = getattr(fused, "stands_for", None) == (ops.linear, ops.gelu)
         self.ops.linear_gelu = fused if known else lambda *args: ops.gelu(ops.linear(*args))
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # what the token is
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
@@ -301,10 +296,10 @@ class KVCache:
         self.qkv, self.length = torch.empty(B, config.block_size, 3 * config.n_embd, dtype=dtype), 0
 
     def attention(self, qkv, n_head, formula):
-        """formula's result at the new positions, which see those before them: (B, t, 3C) -> (B, t, C).
+        """The formula's result at new positions, which see those before them: (B, t, 3C) -> (B, t, C).
 
-        Past queries are needed no more: a formula that says how (`attend`) gets the new ones alone. A formula of one's
-        own gets all positions, which costs more and is right for whatever it does, as long as it is causal.
+        If it says how (`attend`), for the new queries alone. Else, a formula of one's own, for all positions: it costs
+        more and is right whatever the formula does, as long as it is causal.
         """
         past, self.length = self.length, self.length + qkv.shape[1]
         self.qkv[:, past : self.length] = qkv
@@ -322,12 +317,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     Positions are learned, so once the window of block_size is full it slides and every position changes: from there on
     each token costs a whole pass. `seed` is that of random.Random; None takes a new one from torch's generator.
     """
-    n, shape = max_new_tokens, tuple(idx.shape)
-    expect(idx.dim() == 2 and shape[1] > 0, f"generate: idx is {shape}, expected (B, T) with T >= 1")
-    expect(isinstance(n, int) and n >= 0, f"generate: max_new_tokens is {n}, expected 0 or more")
+    good = idx.dim() == 2 and idx.shape[1] > 0
+    expect(good, f"generate: idx is {tuple(idx.shape)}, expected (B, T) with T >= 1")
+    good = isinstance(max_new_tokens, int) and max_new_tokens >= 0
+    expect(good, f"generate: max_new_tokens is {max_new_tokens}, expected 0 or more")
     expect(0 <= temperature < math.inf, f"generate: temperature is {temperature}, expected 0 or more")
-    whole = isinstance(top_k, int) and top_k >= 1
-    expect(top_k is None or whole, f"generate: top_k is {top_k}, expected None or an integer of 1 or more")
+    good = top_k is None or isinstance(top_k, int) and top_k >= 1
+    expect(good, f"generate: top_k is {top_k}, expected None or an integer of 1 or more")
     expect(top_p is None or 0 < top_p <= 1, f"generate: top_p is {top_p}, expected None or 0 < top_p <= 1")
     expect(seed is None or isinstance(seed, int), f"generate: seed is {seed!r}, expected None or an integer")
     rng = random.Random(int(torch.randint(2**62, ())) if seed is None else seed)
@@ -422,11 +418,9 @@ def load_tokens(path, tokenizer, block_size):
         tokens = np.empty(size, np.uint16)  # no token is shorter than a byte
         train = encode(file, 0, cut, tokenizer, tokens)
         val = encode(file, cut, size, tokenizer, tokens[len(train) :])
-    expect(
-        min(len(train), len(val)) > block_size,
-        f"--data has {len(train)} tokens to train on and {len(val)} to validate on, expected more than "
-        f"--block-size={block_size} of each",
-    )
+    found = f"{len(train)} tokens to train on and {len(val)} to validate on"
+    enough = min(len(train), len(val)) > block_size
+    expect(enough, f"--data has {found}, expected more than --block-size={block_size} of each")
     return train, val
 
 
@@ -464,26 +458,9 @@ def random_batch(tokens, B, T, generator):
 # ------------------------------------------------------------------------------------------------- 6  Training
 
 
-def option(default, help, expected="", good=lambda value: True):
-    """A field of a dataclass that is an option on the command line as well."""
-    return field(default=default, metadata=dict(help=help, expected=expected, good=good))
-
-
-def count(default, help, low=1, high=10**9):
-    return option(default, help, f"an integer from {low} to {high}", lambda value: low <= value <= high)
-
-
-def number(default, help, expected="a number >= 0", good=lambda value: 0 <= value < math.inf):
-    return option(default, help, expected, good)
-
-
-def share(default, help):
-    return number(default, help, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
-
-
-TOKENIZER = "bytes or gpt2", lambda name: name in TOKENIZERS
-PROBABILITY = "a number > 0 and <= 1", lambda value: 0 < value <= 1
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+def option(default, help, limits="True"):
+    """A field of a dataclass that is an option on the command line as well. `limits` is an expression over its name."""
+    return field(default=default, metadata=dict(help=help, limits=limits))
 
 
 class Options:
@@ -491,11 +468,16 @@ class Options:
 
     def __post_init__(self):
         for f in fields(self):
-            value, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)  # `int | None` has two
-            fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-            good = fits and (value is None or f.metadata["good"](value))
-            expected = f.metadata["expected"] or f"a {kinds[0].__name__}"
-            expect(good, f"--{f.name.replace('_', '-')} is {value!r}, expected {expected}")
+            value, limits = getattr(self, f.name), f.metadata["limits"]
+            kind, *optional = get_args(f.type) or (f.type,)  # `int | None` is a pair
+            right = isinstance(value, (int, float) if kind is float else kind)
+            good = (optional and value is None) or (right and eval(limits, vars(math) | {f.name: value}))
+            expected = kind.__name__ if limits == "True" else limits
+            expect(good, f"--{dashed(f.name)} is {value!r}, expected {expected}")
+
+
+def dashed(name):
+    return name.replace("_", "-")
 
 
 @dataclass
@@ -503,25 +485,25 @@ class TrainConfig(Options):
     """train a model on a text"""
 
     data: str | None = option(None, "text file in UTF-8; without one, Python's own help texts")
-    tokenizer: str = option("bytes", "how text becomes tokens: bytes or gpt2", *TOKENIZER)
+    tokenizer: str = option("bytes", "how text becomes tokens: bytes or gpt2", "tokenizer in ('bytes', 'gpt2')")
     out: str = option("out", "folder for the checkpoint")
     init: str | None = option(None, "fine-tune: start from a folder or from gpt2, gpt2-medium, ...")
-    n_layer: int = count(4, "blocks", high=1000)
-    n_head: int = count(4, "heads in each block", high=1000)
-    n_embd: int = count(128, "channels", high=10**5)
-    block_size: int = count(64, "positions in a window", high=10**6)
-    batch_size: int = count(12, "windows in a batch", high=10**5)
-    accumulate: int = count(1, "batches in a step")
-    steps: int = count(2000, "steps in all")
-    eval_every: int = count(250, "steps between evaluations, each with a checkpoint")
-    sample: int = count(300, "tokens to sample at the end", low=0)
-    warmup: int = count(100, "steps of rising learning rate", low=0)
-    lr: float = number(1e-3, "highest learning rate", "a number > 0", lambda value: 0 < value < math.inf)
-    beta2: float = share(0.99, "AdamW's memory of squared gradients")
-    weight_decay: float = number(0.1, "pull of the matrices towards zero")
-    clip: float = number(1.0, "longest gradient", "a number > 0", lambda value: 0 < value < math.inf)
-    dropout: float = share(0.0, "share of channels and attention weights to zero")
-    seed: int = count(1337, "of all randomness", low=0, high=2**32)
+    n_layer: int = option(4, "blocks", "1 <= n_layer <= 1000")
+    n_head: int = option(4, "heads in each block", "1 <= n_head <= 1000")
+    n_embd: int = option(128, "channels", "1 <= n_embd <= 100_000")
+    block_size: int = option(64, "positions in a window", "1 <= block_size <= 1_000_000")
+    batch_size: int = option(12, "windows in a batch", "1 <= batch_size <= 100_000")
+    accumulate: int = option(1, "batches in a step", "1 <= accumulate <= 100_000")
+    steps: int = option(2000, "steps in all", "1 <= steps <= 1_000_000_000")
+    eval_every: int = option(250, "steps between evaluations, each with a checkpoint", "eval_every >= 1")
+    sample: int = option(300, "tokens to sample at the end", "0 <= sample <= 1_000_000")
+    warmup: int = option(100, "steps of rising learning rate", "warmup >= 0")
+    lr: float = option(1e-3, "highest learning rate", "0 < lr < inf")
+    beta2: float = option(0.99, "AdamW's memory of squared gradients", "0 <= beta2 < 1")
+    weight_decay: float = option(0.1, "pull of the matrices towards zero", "0 <= weight_decay < inf")
+    clip: float = option(1.0, "longest gradient", "0 < clip < inf")
+    dropout: float = option(0.0, "share of channels and attention weights to zero", "0 <= dropout < 1")
+    seed: int = option(1337, "of all randomness", "0 <= seed < 2**32")
 
 
 def make_optimizer(model, lr, beta2, weight_decay):
@@ -608,17 +590,12 @@ def train(model, optimizer, tokens, val, config, data):
     except KeyboardInterrupt:
         with uninterrupted:
             progress("")
-            step = steps_done(optimizer)
-            if step is None:
-                step = saved  # the update was cut short: these weights are of no step
-            elif step > saved:
+            done = steps_done(optimizer)
+            if done is not None and done > saved:  # None: an update was cut short, these weights are of no step
                 save_checkpoint(model, optimizer, config, data)
-            print(
-                f"stopped after step {step}; `train --resume --out {config.out}` goes on"
-                if step
-                else "stopped before the first step; nothing was saved",
-                flush=True,
-            )
+                saved = done
+            goes_on = f"after step {saved}; `train --resume --out {config.out}` goes on"
+            print(f"stopped {goes_on if saved else 'before the first step; nothing was saved'}", flush=True)
         raise
 
 
@@ -644,21 +621,23 @@ FILES = ("training.safetensors", "model.safetensors", "config.json")
 class Uninterrupted:
     """`with uninterrupted:` Ctrl-C and SIGTERM wait until the block is done. Elsewhere they raise KeyboardInterrupt."""
 
-    depth, waiting, status = 0, False, 128 + signal.SIGINT
+    def __init__(self):
+        self.depth, self.waiting, self.status = 0, False, 128 + signal.SIGINT
 
     def __enter__(self):
         self.depth += 1
 
     def __exit__(self, kind, *_):
         self.depth -= 1
-        self.raise_if_waiting(kind is None)
+        if kind is None:
+            self.raise_if_waiting()
 
     def handle(self, number, _):
         self.waiting, self.status = True, 128 + number
         self.raise_if_waiting()
 
-    def raise_if_waiting(self, allowed=True):
-        if self.waiting and not self.depth and allowed:
+    def raise_if_waiting(self):
+        if self.waiting and not self.depth:
             self.waiting = False
             raise KeyboardInterrupt
 
@@ -749,9 +728,7 @@ def build(cls, config, ops, tensors, path):
     shapes = [tuple(tensors[name].shape) if name in tensors else None for name in ("wte.weight", "wpe.weight")]
     found = *shapes, len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     expected = (config.vocab_size, config.n_embd), (config.block_size, config.n_embd), config.n_layer
-    expect(
-        found == expected, f"{path}: wte, wpe and the number of layers are {found}, its configuration says {expected}"
-    )
+    expect(found == expected, f"{path}: wte, wpe and the number of layers are {found}, its config says {expected}")
     model = cls(config, ops)
     for name, p in model.named_parameters():
         p.data.copy_(take(tensors, name, p.shape, path))
@@ -842,8 +819,9 @@ def download(name):
         return snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"])
     except Exception as error:
         raise ValueError(
-            f"from_pretrained: {name!r} is no folder here and could not be fetched ({first_line(error)}). With a network, `pip "
-            " install huggingface_hub` and try again; without, pass a folder with config.json and model.safetensors"
+            f"from_pretrained: {name!r} is no folder here and could not be fetched ({first_line(error)}). With a "
+            "network, `pip install huggingface_hub` and try again; without, pass a folder with config.json and "
+            "model.safetensors"
         ) from error
 
 
@@ -870,9 +848,7 @@ def load_checkpoint(path, typed, ops):
         saved = asdict(TrainConfig(**saved))
         formulas = json.loads(about.get("ops", "{}"))
     refuse_other(typed, saved, path)
-    changed = [
-        f"--{name.replace('_', '-')} {x} instead of {saved[name]}" for name, x in typed.items() if x != saved[name]
-    ]
+    changed = [f"--{dashed(name)} {x} instead of {saved[name]}" for name, x in typed.items() if x != saved[name]]
     if changed:
         print(f"from here on with {', '.join(changed)}")
     config = TrainConfig(**saved | typed)
@@ -881,9 +857,7 @@ def load_checkpoint(path, typed, ops):
     compare_ops(model, formulas, path)
     optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
     for name, p in model.named_parameters():  # AdamW itself checks no shape, and would write beside the memory
-        both = {
-            moment: take(moments, f"{moment}.{name}", p.shape, path).float() for moment in ("exp_avg", "exp_avg_sq")
-        }
+        both = {key: take(moments, f"{key}.{name}", p.shape, path).float() for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = dict(step=torch.tensor(float(step)), **both)
     return model, optimizer, config, about.get("data")
 
@@ -891,13 +865,11 @@ def load_checkpoint(path, typed, ops):
 FIXED = ("n_layer", "n_head", "n_embd", "block_size", "tokenizer", "init")  # what a model cannot change any more
 
 
-def refuse_other(typed, saved, path):
+def refuse_other(typed, fixed, path):
     for name in FIXED:
-        same = name not in typed or name not in saved or typed[name] == saved[name]
-        expect(
-            same,
-            f"--{name.replace('_', '-')} is {typed.get(name)!r}, but {path} has {saved.get(name)!r}, which cannot change",
-        )
+        typed_value, value = typed.get(name), fixed.get(name)
+        same = name not in typed or name not in fixed or typed_value == value
+        expect(same, f"--{dashed(name)} is {typed_value!r}, but {path} has {value!r}, which cannot change")
 
 
 @contextmanager
@@ -909,9 +881,7 @@ def claimed(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"--out is {folder!r}, where another run is at work: wait for it, or take another"
-            ) from error
+            raise ValueError(f"--out is {folder!r}, where another run is at work: wait, or take another") from error
         for name in FILES:
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, f"{name}.tmp"))  # of a run that was killed
@@ -933,15 +903,13 @@ class GenerateConfig(Options):
     """continue a prompt"""
 
     model: str = option("out", "folder with a checkpoint, or gpt2, gpt2-medium, ...")
-    tokenizer: str | None = option(None, "bytes or gpt2, if the model's folder names none", *TOKENIZER)
+    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none", "tokenizer in ('bytes', 'gpt2')")
     prompt: str = option("\n", "text to continue")
-    max_new_tokens: int = count(200, "tokens to add")
-    samples: int = count(1, "continuations to draw", high=10**5)
-    temperature: float = number(0.8, "0 takes the most likely token each time")
-    top_k: int = count(200, "draw from the K most likely tokens")
-    top_p: float | None = number(
-        None, "draw from the fewest tokens of which one comes with probability P", *PROBABILITY
-    )
+    max_new_tokens: int = option(200, "tokens to add", "1 <= max_new_tokens <= 1_000_000_000")
+    samples: int = option(1, "continuations to draw", "1 <= samples <= 100_000")
+    temperature: float = option(0.8, "0 takes the most likely token each time", "0 <= temperature < inf")
+    top_k: int = option(200, "draw from the N most likely tokens", "top_k >= 1")
+    top_p: float | None = option(None, "draw from the fewest tokens with a probability of X together", "0 < top_p <= 1")
     seed: int | None = option(None, "for the same sample again")
 
 
@@ -950,9 +918,9 @@ class EvalConfig(Options):
     """loss, perplexity and bits per byte of a text's last tenth"""
 
     model: str = option("out", "folder with a checkpoint, or gpt2, gpt2-medium, ...")
-    tokenizer: str | None = option(None, "bytes or gpt2, if the model's folder names none", *TOKENIZER)
+    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none", "tokenizer in ('bytes', 'gpt2')")
     data: str | None = option(None, "text file in UTF-8; without one, Python's own help texts")
-    batch_size: int = count(8, "windows at a time", high=10**5)
+    batch_size: int = option(8, "windows at a time", "1 <= batch_size <= 100_000")
 
 
 def run_train(typed, ops):
@@ -993,14 +961,11 @@ def run_train(typed, ops):
             print(f"nothing to do: {config.out} is at step {step} of {config.steps}; --resume --steps N goes on")
             return
         train(model, optimizer, tokens, val, config, data)
-        T = config.block_size
-        windows, most = math.ceil((len(val) - 1) / T), max(1, 2**18 // T)
-        of = (
-            f"all {len(val):,} tokens"
-            if windows <= most
-            else f"{most:,} windows of {T} from all over {len(val):,} tokens"
-        )
-        print(f"val loss {evaluate(model, val, config.batch_size, most):.4f} on {of}; saved in {config.out}\n")
+        T, on = config.block_size, f"all {len(val):,} tokens"
+        if len(val) > 2**18:  # more would take longer than a reader's patience
+            on = f"{2**18 // T:,} windows of {T} from all over {on}"
+        loss = evaluate(model, val, config.batch_size, max(1, 2**18 // T))
+        print(f"val loss {loss:.4f} on {on}; saved in {config.out}\n")
         start = torch.tensor([tokenizer.encode("\n")])
         out = model.generate(start, config.sample, temperature=0.8, top_k=200, seed=config.seed)
         print(tokenizer.decode(out[0].tolist()))
@@ -1052,19 +1017,17 @@ COMMANDS = {
 def make_parser(prog=None):
     """Each command's options are its dataclass's fields. What is not typed is absent from what argparse returns."""
     parser = argparse.ArgumentParser(prog=prog, description="GPT-2: train it, sample from it, measure it.")
-    parser.add_argument("--version", action="version", version=f"gpt.py {VERSION}, torch {torch.__version__}")
+    parser.add_argument("--version", action="version", version=f"gpt.py 0.2, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="train | generate | eval")
     for name, (_, options) in COMMANDS.items():
         command = commands.add_parser(name, help=options.__doc__, argument_default=argparse.SUPPRESS)
         for f in fields(options):
             kind = (get_args(f.type) or (f.type,))[0]
-            default = "" if f.default is None else f" (default: {f.default!r})"
-            help = f.metadata["help"] + default
-            command.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=help, metavar=METAVARS[kind])
+            help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default!r})")
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            command.add_argument(f"--{dashed(f.name)}", type=kind, metavar=metavar, help=help)
         if name == "train":
-            command.add_argument(
-                "--resume", action="store_true", help="go on from the checkpoint in --out, with its options"
-            )
+            command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
             command.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
     return parser
 
@@ -1074,9 +1037,11 @@ def main(argv=None, ops=None, prog=None):
     parser = make_parser(prog)
     typed = vars(parser.parse_args(argv))
     run = COMMANDS[typed.pop("command")][0]
-    in_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    handlers = {number: signal.signal(number, uninterrupted.handle) for number in signals}
+    uninterrupted.__init__()
+    handlers = {}
+    with suppress(ValueError):  # in a thread that is not the main one
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, uninterrupted.handle)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
@@ -1093,7 +1058,7 @@ def main(argv=None, ops=None, prog=None):
         sys.exit(f"{parser.prog}: error: {first_line(error)}")
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # ----------------------------------------------------------------------------------- Appendix: dropout's numbers
