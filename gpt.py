@@ -682,7 +682,8 @@ def load_tensors(path):
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
         crc = metadata.pop("crc32", None)
-        expect(crc in (None, checksum(tensors, metadata)), "its checksum is another")
+        anothers = crc is None and not {"about", "data"} & metadata.keys()
+        expect(anothers or crc == checksum(tensors, metadata), "its checksum is another")
     return tensors, metadata
 
 
@@ -754,7 +755,7 @@ def load_pretrained(cls, path, ops, dropout):
     weights, about = os.path.join(path, "model.safetensors"), os.path.join(path, "config.json")
     tensors, metadata = load_tensors(weights)
     with reading(about):
-        own = json.loads(metadata.get("config", "{}"))  # beside the weights: right even if a kill left another's about
+        own = json.loads(metadata.get("about", "{}"))  # beside the weights: right even if a kill left another's about
         if os.path.exists(about) or not own:
             with open(about, encoding="utf-8") as file:
                 own = {**json.load(file), **own}
@@ -790,7 +791,7 @@ def write_pretrained(model, path, extra):
         config["fastgpt_ops"] = formulas
     tensors = {f"transformer.{k}": x.T if k.endswith(HF_TRANSPOSED) else x for k, x in model.state_dict().items()}
     os.makedirs(path, exist_ok=True)
-    save_tensors(os.path.join(path, "model.safetensors"), tensors, dict(config=json.dumps(config)))
+    save_tensors(os.path.join(path, "model.safetensors"), tensors, dict(about=json.dumps(config)))
     with written_whole(os.path.join(path, "config.json")) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2)
 

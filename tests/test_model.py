@@ -291,12 +291,8 @@ def drawn_by_hand(logits, temperature, top_k, top_p, rng):
                 break
             kept.append(p)
             before += p
-        u, running = rng.random() * before, 0.0
-        for i, p in zip(order, kept, strict=False):
-            running += p
-            if running > u:
-                break
-        out.append([i])
+        u = rng.random() * before
+        out.append([next(i for i, running in zip(order, itertools.accumulate(kept), strict=False) if running > u)])
     return torch.tensor(out)
 
 
