@@ -585,6 +585,7 @@ def train(model, optimizer, tokens, val, config, data):
                 losses = f"loss {loss:.4f}, val loss {val_loss:.4f}"
                 print(f"step {step}: {losses}, {speed:,.0f} tokens/s, {left:.0f} s left", flush=True)
     except ValueError as error:
+        progress("")
         rest = f"`--resume` goes on from step {saved}" if saved else "nothing was saved"
         raise ValueError(f"{error}; a lower --lr than {config.lr:g} may help, {rest} in {config.out!r}") from error
     except KeyboardInterrupt:
@@ -962,11 +963,11 @@ def run_train(typed, ops):
             print(f"nothing to do: {config.out} is at step {step} of {config.steps}; --resume --steps N goes on")
             return
         train(model, optimizer, tokens, val, config, data)
-        T, on = config.block_size, f"all {len(val):,} tokens"
-        if len(val) > 2**18:  # more would take longer than a reader's patience
-            on = f"{2**18 // T:,} windows of {T} from all over {on}"
-        loss = evaluate(model, val, config.batch_size, max(1, 2**18 // T))
-        print(f"val loss {loss:.4f} on {on}; saved in {config.out}\n")
+        most, on = None, f"all {len(val):,} tokens"
+        if len(val) > 2**18:  # to measure all of a large text would take longer than to train
+            most = max(1, 2**18 // config.block_size)
+            on = f"{most:,} windows of {config.block_size} from all over {len(val):,} tokens"
+        print(f"val loss {evaluate(model, val, config.batch_size, most):.4f} on {on}; saved in {config.out}\n")
         start = torch.tensor([tokenizer.encode("\n")])
         out = model.generate(start, config.sample, temperature=0.8, top_k=200, seed=config.seed)
         print(tokenizer.decode(out[0].tolist()))
@@ -1040,10 +1041,10 @@ def main(argv=None, ops=None, prog=None):
     run = COMMANDS[typed.pop("command")][0]
     uninterrupted.__init__()
     handlers = {}
-    with suppress(ValueError):  # in a thread that is not the main one
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, uninterrupted.handle)
     try:
+        with suppress(ValueError):  # in a thread that is not the main one
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, uninterrupted.handle)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
             run(typed, ops)
@@ -1058,6 +1059,7 @@ def main(argv=None, ops=None, prog=None):
             raise  # only torch's way of saying that there is not enough memory is an error of use
         sys.exit(f"{parser.prog}: error: {first_line(error)}")
     finally:
+        uninterrupted.depth += 1  # nothing is left to interrupt
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 

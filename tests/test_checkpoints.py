@@ -471,6 +471,13 @@ def test_resume_says_aloud_what_changes(data, out, capsys):
     assert "the text is another than before" in capsys.readouterr().out
 
 
+def test_final_evaluation_of_a_large_text_is_bounded_and_says_so(tmp_path, out, capsys):
+    path = tmp_path / "large.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60_000)
+    train(out, "--data", str(path), *TINY, "--steps", "1", "--batch-size", "512")
+    assert "on 16,384 windows of 16 from all over 270,000 tokens; saved" in capsys.readouterr().out
+
+
 def test_resume_works_where_the_folder_was_moved(data, out, tmp_path):
     train(out, "--data", data, *TINY)
     out.rename(tmp_path / "moved")
