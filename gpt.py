@@ -101,15 +101,10 @@ def linear_gelu(x, weight, bias=None):
     return gelu(linear(x, weight, bias))
 
 
-# Whoever replaces one of the two must not get this in its place.
-linear_gelu.stands_for = (linear, gelu)  # type: ignore[attr-defined]
-
-
 def attention(qkv, n_head, dropout=0.0, seed=0):
-    """Positions exchange information, in each head on its own. (B, T, 3C) -> (B, T, C)
+    """Split into heads, attend in each, and put the heads side by side again. (B, T, 3C) -> (B, T, C)
 
-    qkv holds queries, keys and values of all heads side by side. `dropout` zeroes that share of the weights, which
-    ones `seed` decides, and scales up the others.
+    qkv holds queries, keys and values. `dropout` zeroes a share of the weights, chosen by `seed`, scales up the rest.
     """
     B, T, _ = qkv.shape
     keep = dropout_mask(B, n_head, T, dropout, seed).to(qkv) / (1.0 - dropout) if dropout else None
@@ -129,8 +124,8 @@ def attend(q, k, v, keep=None):
     return (weights if keep is None else weights * keep) @ v
 
 
-# What a cache may call instead, with new queries and all keys.
-attention.attend = attend  # type: ignore[attr-defined]
+attention.attend = attend  # type: ignore[attr-defined]  # for a cache: new queries, all keys
+linear_gelu.stands_for = (linear, gelu)  # type: ignore[attr-defined]  # who replaces one of them replaces this
 
 
 def split_heads(qkv, n_head):  # (B, T, 3C) -> q, k, v, each (B, H, T, D)
@@ -348,9 +343,7 @@ def sample(logits, temperature, top_k, top_p, rng):
     top_p's (Holtzman et al. 2019), which drops a token where the sum of those before it is >= p. Then, row by row, one
     u = rng.random() * (sum of what is left), and the first token whose running sum is > u.
     """
-    expect(
-        logits.isfinite().all(), "generate: the logits are not finite, so the weights are damaged or training diverged"
-    )
+    expect(logits.isfinite().all(), "generate: the logits are not finite; are the weights damaged, or diverged?")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
@@ -360,7 +353,7 @@ def sample(logits, temperature, top_k, top_p, rng):
         before = nn.functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
         probs[before >= top_p] = 0.0
     sums = probs.cumsum(-1)  # (B, k)
-    u = torch.tensor([[rng.random()] for _ in probs], dtype=torch.float64) * sums[:, -1:]
+    u = torch.tensor([rng.random() for _ in probs], dtype=torch.float64)[:, None] * sums[:, -1:]
     return tokens.gather(-1, torch.searchsorted(sums, u, right=True))
 
 
@@ -910,7 +903,7 @@ class GenerateConfig(Options):
     max_new_tokens: int = option(200, "tokens to add", "1 <= max_new_tokens <= 1_000_000_000")
     samples: int = option(1, "continuations to draw", "1 <= samples <= 100_000")
     temperature: float = option(0.8, "0 takes the most likely token each time", "0 <= temperature < inf")
-    top_k: int = option(200, "draw from the N most likely tokens", "top_k >= 1")
+    top_k: int = option(200, "draw from the N most likely tokens", "1 <= top_k <= 1_000_000_000")
     top_p: float | None = option(None, "draw from the fewest tokens with a probability of X together", "0 < top_p <= 1")
     seed: int | None = option(None, "for the same sample again")
 
