@@ -523,13 +523,14 @@ def evaluate(model, tokens, batch_size, max_windows=None):
     n = math.ceil((len(tokens) - 1) / T)
     model.eval()
     for some in torch.linspace(0, n - 1, min(n, max_windows or n)).long().split(batch_size):
-        windows = torch.full((len(some), T + 1), -1)
-        for window, i in zip(windows, some.tolist(), strict=True):
-            piece = tokens[i * T : i * T + T + 1].astype(np.int64)
-            window[: len(piece)] = torch.from_numpy(piece)
-        idx, targets = windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
-        kept = int((targets != -1).sum())
-        total, counted = total + float(model.loss(idx, targets)) * kept, counted + kept
+        with uninterrupted:
+            windows = torch.full((len(some), T + 1), -1)
+            for window, i in zip(windows, some.tolist(), strict=True):
+                piece = tokens[i * T : i * T + T + 1].astype(np.int64)
+                window[: len(piece)] = torch.from_numpy(piece)
+            idx, targets = windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
+            kept = int((targets != -1).sum())
+            total, counted = total + float(model.loss(idx, targets)) * kept, counted + kept
     model.train(training)
     return total / counted
 
@@ -548,13 +549,13 @@ def train_step(model, optimizer, tokens, step, config):
             loss = model.loss(idx, targets) / config.accumulate
             loss.backward()
             total += loss.item()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-    for what, value in (("loss", total), ("norm of the gradient", norm)):
-        expect(math.isfinite(value), f"step {step + 1}: the {what} is {value}, expected a finite number")
     with uninterrupted:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+        for what, value in (("loss", total), ("norm of the gradient", norm)):
+            expect(math.isfinite(value), f"step {step + 1}: the {what} is {value}, expected a finite number")
         optimizer.step()
-    if not nn.utils.get_total_norm(list(model.parameters())).isfinite():  # or only its square has overflowed
-        expect_finite(model.named_parameters(), f"step {step + 1}")
+        if not nn.utils.get_total_norm(list(model.parameters())).isfinite():  # or only its square has overflowed
+            expect_finite(model.named_parameters(), f"step {step + 1}")
     return total
 
 
@@ -572,8 +573,9 @@ def train(model, optimizer, tokens, val, config, data):
             progress(f"step {step} of {config.steps}: loss {loss:.3f}, {speed:,.0f} tokens/s")
             if step % config.eval_every == 0 or step == config.steps:
                 val_loss = evaluate(model, val, config.batch_size, max_windows=256)
-                save_checkpoint(model, optimizer, config, data)
-                saved, left = step, (config.steps - step) * per_step / speed
+                with uninterrupted:
+                    save_checkpoint(model, optimizer, config, data)
+                    saved, left = step, (config.steps - step) * per_step / speed
                 progress("")
                 losses = f"loss {loss:.4f}, val loss {val_loss:.4f}"
                 print(f"step {step}: {losses}, {speed:,.0f} tokens/s, {left:.0f} s left", flush=True)
@@ -616,7 +618,7 @@ class Uninterrupted:
     """`with uninterrupted:` Ctrl-C and SIGTERM wait until the block is done. Elsewhere they raise KeyboardInterrupt."""
 
     def __init__(self):
-        self.depth, self.waiting, self.status = 0, False, 128 + signal.SIGINT
+        self.depth, self.waiting, self.received, self.status = 0, False, False, 128 + signal.SIGINT
 
     def __enter__(self):
         self.depth += 1
@@ -627,7 +629,7 @@ class Uninterrupted:
             self.raise_if_waiting()
 
     def handle(self, number, _):
-        self.waiting, self.status = True, 128 + number
+        self.waiting, self.received, self.status = True, True, 128 + number
         self.raise_if_waiting()
 
     def raise_if_waiting(self):
@@ -671,7 +673,7 @@ def save_tensors(path, tensors, metadata=None):
 def load_tensors(path):
     """Read a safetensors file: ({name: tensor}, metadata). What save_tensors wrote is checked to the last bit."""
     expect(os.path.isfile(path), f"{path} does not exist or is no file, expected a safetensors file")
-    with reading(path):
+    with reading(path), uninterrupted:  # a KeyboardInterrupt in the library's midst would look like damage
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
@@ -1047,9 +1049,11 @@ def main(argv=None, ops=None, prog=None):
     except BrokenPipeError:  # whoever read our output has gone, as `| head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # only torch's way of saying that there is not enough memory is an error of use
+    except Exception as error:
+        if uninterrupted.received:  # C++ that a KeyboardInterrupt passes through may make another error of it
+            sys.exit(uninterrupted.status)
+        if not isinstance(error, (ValueError, OSError, MemoryError)) and "allocate" not in str(error):
+            raise  # an error of this program, not of its use; "allocate": torch has not enough memory
         sys.exit(f"{parser.prog}: error: {first_line(error)}")
     finally:
         uninterrupted.depth += 1  # nothing is left to interrupt
