@@ -21,11 +21,7 @@ import gpt
 from . import _kernels, ops
 from .rounding import FoldedProducts, Rounding
 
-# gpt.py's formulas, and the pair that fastgpt computes in one pass.
-FORMULAS = SimpleNamespace(
-    **{name: getattr(gpt, name) for name in gpt.FORMULAS},
-    linear_gelu=lambda x, weight, bias=None: gpt.gelu(gpt.linear(x, weight, bias)),
-)
+FORMULAS = SimpleNamespace(**{name: getattr(gpt, name) for name in (*gpt.FORMULAS, "linear_gelu")})
 
 FALSE_ALARM = 1e-6  # the chance that a tensor is refused though its errors are as random and as large as the formula's
 RUNS = 32  # sampled evaluations of a formula; fewer, at least 12, where it makes more than VALUES / RUNS values

@@ -1,6 +1,11 @@
 """Whole models: both paths give the same logits, loss, gradients and training; and the model is GPT-2."""
 
 import copy
+import functools
+import itertools
+import math
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,11 +186,11 @@ def test_seed_decides_the_sample(trained):
 
 def test_top_k_and_top_p_draw_only_from_the_likeliest():
     logits = torch.log(torch.tensor([[0.4, 0.05, 0.3, 0.2, 0.05]])).expand(4000, 5)
-    generator = torch.Generator().manual_seed(0)
+    rng = random.Random(0)
 
     def drawn(**options):
         options = dict(temperature=1.0, top_k=None, top_p=None) | options
-        tokens = gpt.sample(logits, **options, generator=generator)
+        tokens = gpt.sample(logits, **options, rng=rng)
         return torch.bincount(tokens.flatten(), minlength=5) / len(tokens)
 
     assert (drawn() > 0).tolist() == [True] * 5
@@ -204,3 +209,111 @@ def test_generate_leaves_the_mode_as_it_was(trained):
         trained.train(mode)
         trained.generate(torch.tensor([[7]]), 2)
         assert trained.training is mode
+
+
+# -------------------------------------------------------------------------- generation with other attentions
+
+
+def rotate(x):  # (B, H, T, D): each pair of channels turned by its position, as in RoFormer (Su et al. 2021)
+    T, D = x.shape[-2:]
+    angles = torch.arange(T)[:, None] * 100.0 ** (-torch.arange(D // 2) / (D // 2))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
+
+
+def rotary(qkv, n_head, dropout=0.0, seed=0):
+    q, k, v = gpt.split_heads(qkv, n_head)
+    return gpt.merge_heads(gpt.attend(rotate(q), rotate(k), v))
+
+
+def biased(qkv, n_head, bias):
+    q, k, v = gpt.split_heads(qkv, n_head)
+    T, D = q.shape[-2:]
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = q @ k.transpose(-2, -1) / D**0.5 + bias(distance, n_head)
+    return gpt.merge_heads(torch.softmax(scores.masked_fill(distance < 0, -torch.inf), -1) @ v)
+
+
+def window_of_4(qkv, n_head, dropout=0.0, seed=0):
+    return biased(qkv, n_head, lambda distance, _: torch.where(distance < 4, 0.0, -torch.inf))
+
+
+def alibi(qkv, n_head, dropout=0.0, seed=0):  # Press et al. 2021
+    return biased(qkv, n_head, lambda distance, H: -distance * 2.0 ** -torch.arange(1, H + 1).view(-1, 1, 1))
+
+
+@functools.wraps(gpt.attention)
+def wrapped(qkv, n_head, dropout=0.0, seed=0):  # carries gpt.attention's attributes, but does something else
+    return rotary(qkv, n_head)
+
+
+@pytest.mark.parametrize("attention", (gpt.attention, rotary, window_of_4, alibi, wrapped, fastgpt.attention))
+def test_any_attention_generates_the_same_ids_with_the_cache(small, attention):
+    formulas = {name: getattr(gpt, name) for name in gpt.FORMULAS}
+    torch.manual_seed(3)
+    model = gpt.GPT(small, SimpleNamespace(**formulas | {"attention": attention}))
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(8)
+    start = torch.tensor([[5, 17, 60], [1, 2, 3]])
+    assert torch.equal(model.generate(start, 60, temperature=0), recomputed(model, start, 60))
+
+    idx = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected = model.hidden(idx)
+    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, 7), n) for n in range(7)):
+        caches = [gpt.KVCache(2, small, torch.float32) for _ in model.h]
+        pieces = [model.hidden(idx[:, a:b], caches) for a, b in zip((0, *cuts), (*cuts, 7), strict=True)]
+        torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attend_is_attention_cut_into_heads():
+    qkv = torch.randn(2, 9, 24, dtype=torch.float64)
+    q, k, v = gpt.split_heads(qkv, 2)
+    for Tq in (0, 1, 4, 9):
+        torch.testing.assert_close(
+            gpt.merge_heads(gpt.attend(q[:, :, 9 - Tq :], k, v)), gpt.attention(qkv, 2)[:, 9 - Tq :]
+        )
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+def drawn_by_hand(logits, temperature, top_k, top_p, rng):
+    """sample() again, from its docstring, in plain Python."""
+    out = []
+    for row in logits.tolist():
+        order = sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k]
+        probs = [math.exp((row[i] - row[order[0]]) / temperature) for i in order]
+        total = sum(probs)
+        probs, kept, before = [p / total for p in probs], [], 0.0
+        for p in probs:
+            if top_p is not None and before >= top_p:
+                break
+            kept.append(p)
+            before += p
+        u = rng.random() * before
+        out.append([next(i for i, running in zip(order, itertools.accumulate(kept), strict=False) if running > u)])
+    return torch.tensor(out)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(None, None), (5, None), (None, 0.7), (20, 0.9), (1000, 1.0), (1, 1e-9)])
+def test_sample_does_what_its_docstring_says(top_k, top_p):
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(200):
+        logits = torch.randn(3, 40, generator=generator) * 3
+        logits[0, 7] = logits[0].max()  # equals: by id
+        args = logits, (0.7, 1.0, 3.0)[seed % 3], top_k, top_p
+        assert torch.equal(gpt.sample(*args, random.Random(seed)), drawn_by_hand(*args, random.Random(seed)))
+
+
+def test_known_samples_of_a_seed():
+    """If these change, a seed no longer gives the text that it gave before."""
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+    rng = random.Random(1337)
+    assert [int(gpt.sample(logits, 1.0, None, None, rng)) for _ in range(12)] == [2, 2, 3, 2, 3, 1, 3, 1, 0, 3, 0, 3]
+
+
+def test_logits_that_are_not_finite_are_refused(trained):
+    trained.ln_f.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        trained.generate(torch.tensor([[7]]), 2)

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,9 @@ def test_resumed_training_equals_training_in_one_go(data, tmp_path, more, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "train_step", interrupted)
-        train(tmp_path / "parts", data, *more)
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path / "parts", data, *more)
+        assert stopped.value.code == 130
     assert gpt.load_tensors(tmp_path / "parts" / "training.safetensors")[1]["step"] == "7"
     gpt.main(["train", "--out", str(tmp_path / "parts"), "--resume"])
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -99,7 +100,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(data, tmp_path, monkeyp
         raise OSError("disk full")
 
     monkeypatch.setattr(gpt.os, "fsync", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SystemExit, match="error: disk full"):
         train(tmp_path / "out", data, "--overwrite", "--seed", "5")
     for name, content in before.items():
         assert (tmp_path / "out" / name).read_bytes() == content
@@ -120,8 +121,8 @@ def test_accumulated_batches_give_the_gradient_of_their_mean(small):
         torch.manual_seed(0)
         model = gpt.GPT(small).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        args = Namespace(seed=1, steps=10, warmup=1, lr=1.0, accumulate=accumulate, batch_size=B, clip=1e9)
-        gpt.train_step(model, optimizer, tokens, 0, args)
+        config = gpt.TrainConfig(seed=1, steps=10, warmup=1, lr=1.0, accumulate=accumulate, batch_size=B, clip=1e9)
+        gpt.train_step(model, optimizer, tokens, 0, config)
         states.append(model.state_dict())
     for name, x in states[0].items():
         torch.testing.assert_close(x, states[1][name], rtol=1e-9, atol=1e-12)
@@ -174,11 +175,11 @@ def test_errors_of_use_are_one_line(argv, message, tmp_path, monkeypatch):
 
 
 def test_gpt_py_alone_trains_and_generates(tmp_path):
-    """In an empty folder, with torch, numpy and tiktoken: any other import that pip brought fails."""
+    """In an empty folder, with torch, numpy, tiktoken and safetensors: any other import that pip brought fails."""
     (tmp_path / "gpt.py").write_bytes(Path(gpt.__file__).read_bytes())
     code = (
         "import sys, runpy\n"
-        "for name in ('fastgpt', 'safetensors', 'huggingface_hub', 'tqdm', 'transformers'): sys.modules[name] = None\n"
+        "for name in ('fastgpt', 'huggingface_hub', 'tqdm', 'transformers'): sys.modules[name] = None\n"
         "sys.argv = ['gpt.py'] + sys.argv[1:]\n"
         "runpy.run_path('gpt.py', run_name='__main__')\n"
     )
