@@ -12,10 +12,10 @@
 // Dropout multiplies P by z_ij = 0 or 1 / (1 - dropout) where it meets v: o and dv take z P, dP becomes z dP, and
 // delta_i = do_i . o_i still holds.
 //
-// Saved for the backward: out, which the next layer holds anyway, and m and 1 / l, two numbers a query and head (in base
-// 2, since exp2 is what the kernel computes: log2(e) / sqrt(D) is folded into Q). P is computed again from them. Their
-// logarithm, m + log2(l), would be one number, but its rounding is that of a score: where scores are in the hundreds, it
-// alone costs P three digits.
+// Saved for the backward: out, which the next layer holds anyway, and m and 1 / l, two numbers a query and head (in
+// base 2, since exp2 is what the kernel computes: log2(e) / sqrt(D) is folded into Q). P is computed again from them.
+// Their logarithm, m + log2(l), would be one number, but its rounding is that of a score: where scores are in the
+// hundreds, it alone costs P three digits.
 //
 //            NQ queries, side by side in the lanes           keys    queries ->
 //          +-----------------------------------+               |   [#\ . . . ]     # whole tiles
@@ -177,8 +177,8 @@ template <class T> class FmaAttention {
     long head = -1, filled = 0;
     T *K, *V, *KT, *QT, *GT = nullptr, *Q = nullptr, *G = nullptr;
 
-    // C = A B over all channels: A strips of keys, B columns of queries, lines of B and C `line` values apart. At most 256
-    // terms in a row, as in matmul: short sums of sums round less than a long sum.
+    // C = A B over all channels: A strips of keys, B columns of queries, lines of B and C `line` values apart. At most
+    // 256 terms in a row, as in matmul: short sums of sums round less than a long sum.
     FASTGPT_INLINE void over_channels(int rows, int vectors, const T* A, const T* B, long line, T* C) const {
         constexpr long some = 256;
         for (long d = 0; d < D; d += some) {
@@ -304,8 +304,7 @@ template <class T> void find_finite_heads(const AttentionShape& shape, Sequence<
         const long b = head / shape.H, h = head % shape.H;
         bool all = !dout || all_finite<T>(shape.T, D, [&](long t) FASTGPT_LAMBDA { return dout->at(b, t) + h * D; });
         for (long part = 0; part < 3 && all; part++)
-            all = all_finite<T>(shape.T, D,
-                                [&](long t) FASTGPT_LAMBDA { return qkv.at(b, t) + part * C + h * D; });
+            all = all_finite<T>(shape.T, D, [&](long t) FASTGPT_LAMBDA { return qkv.at(b, t) + part * C + h * D; });
         finite[head] = all;
     });
 }
@@ -344,9 +343,9 @@ void attention_forward_with(const AttentionShape& shape, Sequence<const T> qkv, 
 
 // P and dS of one tile, from S and dP: P^T meets do with dropout applied, dS meets q and k. Both become zero where no
 // query sees the key, up to row `zero_to`.
-template <class T, bool DROPOUT> FASTGPT_NOINLINE void
-softmax_backward_tile(const Tile<T>& tile, long zero_to, T* S, T* dP, const T* keep, const T* row_max,
-                      const T* inverse_sum, const T* delta) {
+template <class T, bool DROPOUT> FASTGPT_NOINLINE void softmax_backward_tile(const Tile<T>& tile, long zero_to, T* S,
+                                                                             T* dP, const T* keep, const T* row_max,
+                                                                             const T* inverse_sum, const T* delta) {
     for (int c = 0; c < tile.lanes; c += VL<T>) {
         const int rows = tile.visible(c + VL<T>);
         const vec<T> m = load(row_max + c), inverse = load(inverse_sum + c);
@@ -396,7 +395,8 @@ bool attend_backward(Products& products, const AttentionShape& shape, Sequence<c
         return HeadRows<T>{qkv.at(b, t) + part * C + h * D, qkv.time};
     };
     T *S = memory, *dP = S + NQ * NK, *keep = dP + NQ * NK, *dQT = keep + NQ * NK, *GT = dQT + Dp * NQ; // G is dO
-    T *row_max = GT + Dp * NQ, *inverse_sum = row_max + NQ, *delta = inverse_sum + NQ, *dK = delta + NQ, *dV = dK + range * Dp;
+    T *row_max = GT + Dp * NQ, *inverse_sum = row_max + NQ, *delta = inverse_sum + NQ, *dK = delta + NQ,
+      *dV = dK + range * Dp;
     if (!products.range(k_end - k_begin, rows(k_begin, 1), rows(k_begin, 2))) return false;
     for (long i = 0; i < 2 * range * Dp; i++) dK[i] = 0;
 

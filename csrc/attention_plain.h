@@ -4,8 +4,9 @@
 //   dP_ij = z_ij do_i . v_j        dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij) / sqrt(D), and 0 for j > i
 //   dv_j = sum_i z_ij P_ij do_i        dq_i = sum_j dS_ij k_j        dk_j = sum_i dS_ij q_i
 //
-// All sums run over all T positions, masked ones too: where a NaN or an infinity stands, 0 * NaN is NaN, and the results
-// have it wherever the formula has it. So this serves for heads with such values, and is the reference of the tests.
+// All sums run over all T positions, masked ones too: where a NaN or an infinity stands, 0 * NaN is NaN, and the
+// results have it wherever the formula has it. So this serves for heads with such values, and is the reference of the
+// tests.
 //
 // Compiled once per instruction set (all_kernels.h).
 
@@ -50,9 +51,8 @@ template <class T> struct PlainAttention {
 
     FASTGPT_NOINLINE void backward(T* P, Sequence<const T> dout, T* dqkv) const {
         const T root = T(__builtin_sqrt(double(D)));
-        const auto gradient = [&](long t, long part) FASTGPT_LAMBDA {
-            return dqkv + ((b * shape.T + t) * 3 + part) * C + h * D;
-        };
+        const auto gradient = [&](long t, long part)
+                                  FASTGPT_LAMBDA { return dqkv + ((b * shape.T + t) * 3 + part) * C + h * D; };
         for (long t = 0; t < shape.T; t++)
             for (long part = 0; part < 3; part++)
                 for (long d = 0; d < D; d++) gradient(t, part)[d] = 0;

@@ -438,8 +438,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("lm_loss", lm_loss, arg("hidden"), arg("weight"), arg("targets"), py::arg("dhidden"), py::arg("dweight"));
     m.def("attention_forward", attention_forward, arg("qkv"), py::arg("n_head"), py::arg("dropout"), py::arg("seed"),
           arg("out"), arg("stats"));
-    m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("stats"), py::arg("n_head"),
-          py::arg("dropout"), py::arg("seed"), arg("dqkv"));
+    m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("stats"),
+          py::arg("n_head"), py::arg("dropout"), py::arg("seed"), arg("dqkv"));
 
     m.def("isas", isas, "The instruction sets that this build has and this processor runs, oldest first.");
     m.def(

@@ -14,8 +14,8 @@
 // Saved for the backward: mean and rstd, two numbers a row. xhat is made anew from x, which autograd holds anyway, so
 // nothing of x's size is stored.
 //
-// Memory is read once: a row is fetched, stays in the first-level cache, and is passed over again there. The second pass,
-// for the variance, also sums x - mean, which is what rounding left out of the mean: so a large mean is harmless.
+// Memory is read once: a row is fetched, stays in the first-level cache, and is passed over again there. The second
+// pass, for the variance, also sums x - mean, which is what rounding left out of the mean: so a large mean is harmless.
 //
 //                C channels
 //            +----------------+

@@ -99,7 +99,8 @@ template <class T> double lm_loss(const Rows<const T>& hidden, const Rows<const 
             const long target = targets[m0 + i];
             T* row = l + i * V;
             double& loss = losses.part(0)[m0 + i];
-            const bool counts = target >= 0, gradient = dhidden || dweight; // what doesn't count has gradient 0 * softmax
+            const bool counts = target >= 0,
+                       gradient = dhidden || dweight; // what doesn't count has gradient 0 * softmax
             loss = 0;
             if (gradient) loss = loss_row<T, true>(row, V, counts ? target : 0, counts ? scale : T(0));
             else if (counts) loss = loss_row<T, false>(row, V, target, scale);

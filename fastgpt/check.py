@@ -11,7 +11,7 @@ import random
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -88,7 +88,7 @@ def make_inputs(op, shape, seed=0):
         options = dict(dropout=dropout[0], seed=seed + (1 << 40)) if dropout else {}
         return dict(qkv=normal(B, T, 3 * H * D)), dict(n_head=H, **options)
     if op != "lm_loss":
-        raise ValueError(f"check: op is {op!r}, expected one of {', '.join(CASES)}, or inputs=, formula= and kernel=")
+        raise ValueError(f"check: op is {op!r}, expected one of {', '.join(CASES)}, or inputs=")
     B, T, C, V = shape
     targets = torch.randint(-1, V, (B, T), generator=generator)
     if targets.numel():
@@ -148,16 +148,23 @@ def find_truth(formula, inputs, options, dtype=torch.float32, wanted=None, seed=
         sample = evaluate(formula, inputs, options, torch.float64, wanted, seed, n, Rounding(n, first))
         for name, x in sample.items():
             errors[name].append(x - exact[name])
-    # float64 can't be told from the truth by float64: that errs like the kernel itself, hence sqrt(2)
+    return truth_from_errors(exact, {name: torch.cat(parts) for name, parts in errors.items()}, dtype)
+
+
+def truth_from_errors(exact, errors, dtype=torch.float32):
+    """Truth from exact results and, by name, the sampled errors of each: (runs, ...).
+
+    An element's deviation is at least the tensor's average: where rounding happens to spare one, others may lose more.
+    """
+    # float64's own results are no truth for float64: they err like the kernel itself, hence sqrt(2)
     scale = 1.0 if dtype is torch.float32 else math.sqrt(2.0) * 2.0**-29
     smallest = torch.finfo(dtype).tiny  # results below may have lost all digits
-    deviation, spread = {}, {}
-    for name, parts in errors.items():
-        e = torch.cat(parts)
-        variance = e.square().mean(0).mul_(scale**2).nan_to_num_(math.inf)
+    deviation, spread, runs = {}, {}, len(next(iter(errors.values())))
+    for name, e in errors.items():
+        variance = (e * scale).square().mean(0).nan_to_num_(math.inf)
         average = torch.where(variance.isfinite(), variance, 0.0).mean().item() if variance.numel() else 0.0
         deviation[name] = variance.clamp_(min=average).sqrt_().clamp_(min=smallest)
-        squares = (e.mul_(scale) / deviation[name]).square_().nan_to_num_(0.0).reshape(runs, exact[name].numel())
+        squares = (e * scale / deviation[name]).square_().nan_to_num_(0.0).reshape(runs, exact[name].numel())
         spread[name] = squares.mean(1).var().item() if exact[name].numel() else 0.0
     return Truth(exact, deviation, spread, runs)
 
@@ -174,20 +181,22 @@ def compare_results(op, shape, truth, kernel, dtype=torch.float32, formula=None)
     rows = []
     for name, exact in truth.exact.items():
         expected, got = exact.to(dtype).double(), kernel[name]
-        finite = expected.isfinite()
+        finite, N = expected.isfinite(), exact.numel()
         wrong = ~finite & ~((got == expected) | got.isnan() & expected.isnan())
         lost = finite & ~got.isfinite()
         if lost.any():  # no shame where the formula's own arithmetic overflows
             wrong |= lost & formula()[name].isfinite() if formula else lost
-        e = torch.where(finite & got.isfinite(), got - exact, 0.0).abs()
-        z = e / truth.deviation[name]
-        N = max(e.numel(), 1)
-        t = math.sqrt(R * ((4 * N / FALSE_ALARM) ** (2 / R) - 1))
-        worst = z.argmax().item() if e.numel() else None
-        mean_square = z.square().mean().item() if e.numel() else 0.0
+        t = math.sqrt(R * ((4 * max(N, 1) / FALSE_ALARM) ** (2 / R) - 1))
         limit = R / (R - 2) * (1 + math.sqrt(2 * truth.spread[name] * x) + truth.spread[name] * x)
-        error, bound = (e.flatten()[worst].item(), t * truth.deviation[name].flatten()[worst].item()) if N and e.numel() else (0.0, 0.0)
-        rows.append(Row(op, tuple(shape), name, error, bound, math.sqrt(mean_square), math.sqrt(limit), _describe(wrong, got, expected)))
+        row = Row(op, tuple(shape), name, 0.0, 0.0, 0.0, math.sqrt(limit), _describe(wrong, got, expected))
+        if N:
+            error = torch.where(finite & got.isfinite(), got - exact, 0.0).abs().flatten()
+            deviation = truth.deviation[name].flatten()
+            units = error / deviation
+            nearest = units.argmax()
+            row.kernel, row.bound = error[nearest].item(), t * deviation[nearest].item()
+            row.rms = units.square().mean().sqrt().item()
+        rows.append(row)
     return rows
 
 
@@ -198,13 +207,15 @@ def _describe(wrong, got, expected):
     return f"{wrong.sum().item()} elements, the first {list(at)}: {got[at].item()}, expected {expected[at].item()}"
 
 
-@cache
+@lru_cache(maxsize=64)
 def _known_truth(op, shape, seed, wanted, dtype):
     inputs, options = make_inputs(op, shape, seed)
     return find_truth(getattr(FORMULAS, op), inputs, options, dtype, wanted)
 
 
-def compare(op, shape=None, seed=0, kernel=None, inputs=None, options=None, wanted=None, formula=None, dtype=torch.float32):
+def compare(
+    op, shape=None, seed=0, kernel=None, inputs=None, options=None, wanted=None, formula=None, dtype=torch.float32
+):
     """Hold a kernel against the formula that it replaces: outputs and gradients. -> a Row for each tensor
 
     op        name of one of gpt.py's formulas; or any name, with formula=, kernel= and inputs=
@@ -217,9 +228,9 @@ def compare(op, shape=None, seed=0, kernel=None, inputs=None, options=None, want
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"check: dtype is {dtype}, expected torch.float32 or torch.float64")
-    for what, given, home in (("formula", formula, FORMULAS), ("kernel", kernel, ops)):
+    for what, given in (("formula", formula), ("kernel", kernel), ("inputs", inputs)):
         if given is None and not hasattr(FORMULAS, op):
-            raise ValueError(f"check: op is {op!r} without {what}=, expected one of {', '.join(CASES)} or {what}=")
+            raise ValueError(f"check: op is {op!r} without {what}=, expected one of {', '.join(CASES)}, or {what}=")
     wanted = None if wanted is None else tuple(wanted)
     kernel = kernel or getattr(ops, op)
     if inputs is None and formula is None:
@@ -235,31 +246,6 @@ def compare(op, shape=None, seed=0, kernel=None, inputs=None, options=None, want
     return compare_results(op, shape, truth, results, dtype, lambda: evaluate(formula, inputs, options, dtype, wanted))
 
 
-def compare_models(config, seed=0, kernels=ops):
-    """The same comparison for a whole model: logits, loss and every parameter's gradient."""
-    torch.manual_seed(seed)
-    params = {name: p.detach() for name, p in gpt.GPT(config).named_parameters()}
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=generator)
-    shape, rows = (config.n_layer, config.n_head, config.n_embd), []
-    for out, targets, wanted in (("logits", None, ()), ("loss", tokens[:, 1:], tuple(params))):
-
-        def function(ops, targets=targets):
-            with torch.device("meta"):
-                model = gpt.GPT(config, ops)
-
-            def call(**params):
-                if targets is None:
-                    return torch.func.functional_call(model, params, (tokens[:, :-1],))
-                return torch.func.functional_call(_Loss(model), {f"model.{k}": p for k, p in params.items()}, (tokens[:, :-1], targets))
-
-            return call
-
-        made = compare("model", shape, inputs=params, wanted=wanted, formula=function(None), kernel=function(kernels))
-        rows += [Row(**{**vars(r), "tensor": out if r.tensor == "out" else f"d {r.tensor[1:]}"}) for r in made]
-    return rows
-
-
 class _Loss(torch.nn.Module):
     """A model whose forward is its loss."""
 
@@ -271,18 +257,48 @@ class _Loss(torch.nn.Module):
         return self.model.loss(idx, targets)
 
 
+def compare_models(config, seed=0, kernels=ops):
+    """The same comparison for a whole model: logits, loss and every parameter's gradient."""
+    torch.manual_seed(seed)
+    params = {name: p.detach() for name, p in gpt.GPT(config).named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=generator)
+    idx, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def logits(ops):
+        with torch.device("meta"):
+            model = gpt.GPT(config, ops)
+        return lambda **params: torch.func.functional_call(model, params, (idx,))
+
+    def loss(ops):
+        with torch.device("meta"):
+            model = _Loss(gpt.GPT(config, ops))
+        return lambda **params: torch.func.functional_call(
+            model, {f"model.{name}": p for name, p in params.items()}, (idx, targets)
+        )
+
+    rows = []
+    for function, wanted in ((logits, ()), (loss, tuple(params))):
+        shape = (config.n_layer, config.n_head, config.n_embd)
+        made = compare("model", shape, 0, function(kernels), params, {}, wanted, function(None))
+        made[0].tensor = function.__name__
+        rows += made
+    for row in rows:
+        row.tensor = row.tensor.replace("d", "d ", 1) if row.tensor[1:] in params else row.tensor
+    return rows
+
+
 def report(rows, file=None):
     """Print rows as a table of at most 100 columns. -> how many failed"""
-    width = max([len(r.tensor) for r in rows] + [6]) + 2
-    shapes = max([len("x".join(map(str, r.shape))) for r in rows] + [5]) + 2
-    print(f"{'op':<13}{'shape':<{shapes}}{'tensor':<{width}}{'error':>9}{'bound':>9}{'rms':>7}{'bound':>7}  verdict", file=file)
-    for r in rows:
-        shape = "x".join(map(str, r.shape))
-        figures = f"{r.kernel:9.1e}{r.bound:9.1e}{r.rms:7.2f}{r.rms_bound:7.2f}"
-        verdict = "ok" if r.ok else f"FAILED {r.wrong}".rstrip()
-        print(f"{r.op:<13}{shape:<{shapes}}{r.tensor:<{width}}{figures}  {verdict}", file=file)
+    names = [(r.op, "x".join(map(str, r.shape)), r.tensor) for r in rows]
+    widths = [max([len(name[i]) for name in names] + [len(title)]) for i, title in enumerate(("op", "shape", "tensor"))]
+    cells = "  ".join(f"{{:<{width}}}" for width in widths)
+    print(cells.format("op", "shape", "tensor"), "   error   bound     rms  bound  verdict", file=file)
+    for r, name in zip(rows, names, strict=True):
+        figures = f"{r.kernel:8.1e} {r.bound:7.1e} {r.rms:7.2f} {r.rms_bound:6.2f}"
+        print(cells.format(*name), figures, "", "ok" if r.ok else f"FAILED {r.wrong}".rstrip(), file=file)
     failed = sum(not r.ok for r in rows)
-    print(f"{len(rows) - failed} of {len(rows)} tensors are as exact as the formula may be in float32", file=file)
+    print(f"{len(rows) - failed} of {len(rows)} tensors are as exact as rounding lets the formula be", file=file)
     return failed
 
 
@@ -291,7 +307,9 @@ def random_case(seed):
     draw = random.Random(seed)
 
     def size(most):  # often small, now and then zero or around a register's or a block's edge
-        return draw.choice((draw.randint(0, 4), draw.randint(1, most), draw.choice((1, 2, 15, 16, 17, 31, 33, 63, 64, 65))))
+        return draw.choice(
+            (draw.randint(0, 4), draw.randint(1, most), draw.choice((1, 2, 15, 16, 17, 31, 33, 63, 64, 65)))
+        )
 
     op = draw.choice(list(CASES))
     channels = max(1, size(100))
@@ -306,7 +324,7 @@ def random_case(seed):
         shape += (draw.choice((0.1, 0.5, 0.9)),) if draw.random() < 0.2 else ()
     else:
         shape = (draw.randint(0, 3), size(20), channels, max(1, size(150)))
-    inputs, options = make_inputs(op, shape, seed)
+    inputs, options = make_inputs(op, shape, seed % 2**48)
     scale = draw.choice((1e-3, 1.0, 30.0))
     inputs = {name: x * scale for name, x in inputs.items()}
     dtype = draw.choice((torch.float32, torch.float32, torch.float64))
@@ -325,21 +343,78 @@ def _scattered(x, draw):
     return view.copy_(x)
 
 
-def run_random(number, seed=0, isas=None):
-    """`number` random cases, on each instruction set in turn. -> the rows that failed, and how many tensors there were"""
-    isas, before = isas or _kernels.isas(), _kernels.isa()
-    failed, tensors = [], 0
-    for i in range(number):
-        op, shape, inputs, options, dtype = random_case(seed * 1_000_003 + i)
-        truth = find_truth(getattr(FORMULAS, op), inputs, options, dtype)
-        for isa in isas:
-            _kernels.set_isa(isa)
-            results = evaluate(getattr(ops, op), inputs, options, dtype)
-            rows = compare_results(op, shape, truth, results, dtype)
-            tensors += len(rows)
-            for row in rows:
-                if not row.ok:
-                    row.op = f"{op} {isa} {str(dtype)[6:]} case {i}"
-                    failed.append(row)
-    _kernels.set_isa(before)
+def run_random(number, seed=0, say=None):
+    """`number` random cases on each instruction set. -> (the rows that failed, how many there were)
+
+    `say`, if given, is called after each case with the number of cases done and of rows that failed.
+    """
+    isas, before, failed, tensors = _kernels.isas(), _kernels.isa(), [], 0
+    try:
+        for i in range(number):
+            op, shape, inputs, options, dtype = random_case(seed * 1_000_003 + i)
+            formula = getattr(FORMULAS, op)
+            truth = find_truth(formula, inputs, options, dtype)
+            for isa in isas:
+                _kernels.set_isa(isa)
+                results = evaluate(getattr(ops, op), inputs, options, dtype)
+                rows = compare_results(op, shape, truth, results, dtype)
+                tensors += len(rows)
+                for row in rows:
+                    row.op = f"{op} {isa} {str(dtype)[6:]} #{i}"
+                failed += [row for row in rows if not row.ok]
+            if say:
+                say(i + 1, len(failed))
+    finally:
+        _kernels.set_isa(before)
     return failed, tensors
+
+
+def run(quick=False):
+    """The report, of fewer shapes with `quick`. -> how many tensors failed"""
+    rows = []
+    for op, shapes in CASES.items():
+        for shape in shapes[:3] if quick else shapes:
+            rows += compare(op, shape)
+    rows += compare("attention", (1, 97, 2, 64, 0.1))
+    model = compare_models(gpt.GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=48, vocab_size=257))
+    rows += sorted(model, key=lambda r: -r.rms / r.rms_bound)[:4] if quick else model
+    return report(rows)
+
+
+def _at_least(least):
+    def number(text):
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    number.__name__ = f"integer of {least} or more"  # argparse names it in its error
+    return number
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="fastgpt check",
+        description="Hold every kernel's outputs and gradients against float64. A kernel may be as far off as rounding "
+        "to float32 lets gpt.py's formula be: `error` is the distance that comes nearest to its `bound`, `rms` the "
+        "root mean square of all distances in units of the formula's own. Status 1 if any is beyond its bound.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few shapes")
+    parser.add_argument(
+        "--random", type=_at_least(1), metavar="N", help="N random cases on each instruction set instead"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="which random cases (default: 0)")
+    args = parser.parse_args(argv)
+    if not args.random:
+        sys.exit(1 if run(args.quick) else 0)
+
+    def say(done, failed):
+        if sys.stderr.isatty():
+            print(f"\r{done} of {args.random} cases, {failed} tensors failed", end="", file=sys.stderr, flush=True)
+
+    failed, tensors = run_random(args.random, args.seed, say)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if failed:
+        report(failed)
+    print(f"{args.random} random cases on {', '.join(_kernels.isas())}: {len(failed)} of {tensors} tensors failed")
+    sys.exit(1 if failed else 0)

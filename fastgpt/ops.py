@@ -5,7 +5,8 @@ CPU. Tensors cross into C++ as NumPy arrays that share their memory; the last di
 strides are free, and nothing is converted or copied. Errors name the argument, what came and what was expected:
 TypeError for what is no tensor or has another dtype, ValueError for the rest.
 
-Gradients are first derivatives; a second differentiation raises NotImplementedError.
+Gradients are first derivatives; a second differentiation raises NotImplementedError, and so do torch.func's transforms.
+torch.autocast changes nothing here: float32 stays float32.
 """
 
 import torch
@@ -97,6 +98,11 @@ def _check(op, **tensors):
     for name, x in tensors.items():
         if x is None and name == "bias" and op.startswith("linear"):
             continue
+        if isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise NotImplementedError(
+                f"fastgpt.{op} does not run inside torch.func's transforms (grad, vmap, jvp): call it under plain "
+                "autograd, one batch at a time, or use gpt.py's formula"
+            )
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
         if x.device.type not in ("cpu", "meta") or x.layout is not torch.strided:
@@ -258,8 +264,8 @@ def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, n_head: int, dropout: float, seed: int
 ) -> Tensor:
     dqkv = _like(qkv)
-    arrays = (_array(x) for x in (_rows_adjacent(dout), qkv, out, stats))
-    _kernels.attention_backward(*arrays, n_head, dropout, seed, dqkv.numpy())
+    inputs = (_array(_rows_adjacent(dout)), _array(qkv), _array(out), _array(stats))
+    _kernels.attention_backward(*inputs, n_head, dropout, seed, dqkv.numpy())
     return dqkv
 
 
@@ -277,7 +283,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """gpt.py's attend, for the few new queries of a cache: there, the time is the time to read keys and values once."""
     past = k.shape[-2] - q.shape[-2]
     mask = None if q.shape[-2] == 1 else torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(past)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 attention.attend = attend  # type: ignore[attr-defined]  # a cache of keys and values asks for it
@@ -315,12 +322,14 @@ FEW_ROWS = 32
 
 
 def _few(x, weight, bias):
+    if torch.is_autocast_enabled("cpu"):  # F.linear would compute in bfloat16
+        return False
     few = x.dtype in _DTYPES and x.numel() < FEW_ROWS * x.shape[-1] and (bias is None or bias.dim() == 1)
     return few and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _few_rows(x, weight, bias):
-    """F.linear, but with the bias added last: torch adds each product to it, and rounds to its last digit every time."""
+    """F.linear with the bias added last: torch adds every product to it, and rounds to its last digit each time."""
     out = F.linear(x, weight)
     return out if bias is None else out + bias
 

@@ -46,6 +46,9 @@ UNDERFLOWING = _operations("mul div pow exp exp2")
 ONE_ROUNDING = _operations("add sub rsub mul div pow sqrt rsqrt reciprocal exp exp2 log log2 sin cos tanh sigmoid erf")
 
 
+UNKNOWN = "check: the formula calls {}, whose rounding is not known here; expected it in other operations"
+
+
 def sum_error(total, squares, n):
     """sqrt(s_2^2 + ... + s_n^2) for n values with this sum and this sum of squares, in the mean over all orders.
 
@@ -97,8 +100,11 @@ class Rounding(TorchDispatchMode):
             with self:  # softmax, layer_norm and their like: operation by operation
                 return decomposition_table[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        if op in EXACT or func.is_view or not isinstance(out, torch.Tensor) or not out.is_floating_point():
+        outs = out if isinstance(out, (tuple, list)) else (out,)
+        if op in EXACT or func.is_view or not any(torch.is_tensor(x) and x.is_floating_point() for x in outs):
             return out
+        if not isinstance(out, torch.Tensor):
+            raise ValueError(UNKNOWN.format(func))
         self.values += out.numel()
         if not self.unit or not out.numel():
             return out
@@ -111,7 +117,7 @@ class Rounding(TorchDispatchMode):
             error = out if op not in UNDERFLOWING else out + out.sign().mul_(TINY / UNIT)
             out_with_error = noise.mul_(error).nan_to_num_(0.0, 0.0, 0.0).add_(out)
         else:
-            raise ValueError(f"check: the formula calls {func}, whose rounding is not known here; expected another way")
+            raise ValueError(UNKNOWN.format(func))
         return out.copy_(out_with_error) if func._schema.is_mutable else out_with_error
 
     def _error(self, func, out, args, kwargs):

@@ -97,6 +97,54 @@ def test_from_numpy_alone_the_checks_hold_too():
         _kernels.layer_norm_forward([[1.0]], *good[1:], 1e-5, out, stats)
 
 
+ARRAYS = {
+    "layer_norm_forward": lambda a: (a(4, 8), a(8), a(8), 1e-5, a(4, 8), a(2, 4)),
+    "layer_norm_backward": lambda a: (a(4, 8), a(4, 8), a(8), a(2, 4), a(4, 8), a(8), a(8)),
+    "gelu_forward": lambda a: (a(4, 8), a(4, 8)),
+    "gelu_backward": lambda a: (a(4, 8), a(4, 8), a(4, 8)),
+    "linear_forward": lambda a: (a(4, 8), a(3, 8), a(3), a(4, 3), a(4, 3)),
+    "linear_backward": lambda a: (a(4, 3), a(4, 8), a(3, 8), a(4, 8), a(3, 8)),
+    "lm_loss": lambda a: (a(2, 4, 8), a(5, 8), np.ones((2, 4), np.int64), a(2, 4, 8), a(5, 8)),
+    "attention_forward": lambda a: (a(2, 5, 24), 2, 0.0, 0, a(2, 5, 8), a(2, 2, 2, 5)),
+    "attention_backward": lambda a: (
+        a(2, 5, 8), a(2, 5, 24), a(2, 5, 8), a(2, 2, 2, 5), 2, 0.0, 0, a(2, 5, 24)
+    ),
+}  # fmt: skip
+
+
+def spoiled(x):
+    """x in every wrong shape, size, layout and dtype."""
+    yield from (
+        np.zeros(shape, x.dtype) for shape in {(), (0,), (1,), (x.size,), (*x.shape, 1), (1, *x.shape)} - {x.shape}
+    )
+    for axis in range(x.ndim):
+        for change in (-1, 1, -x.shape[axis]):
+            yield np.zeros([n + change * (i == axis) for i, n in enumerate(x.shape)], x.dtype)
+    yield from (x.astype(dtype) for dtype in ("f8", "f2", "i4", ">f4", "c8", "?"))
+    if x.ndim > 1:
+        yield np.zeros(x.shape[::-1], x.dtype).T
+    yield np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)[..., ::2]
+    yield np.lib.stride_tricks.as_strided(np.zeros(1, x.dtype), x.shape, (0,) * x.ndim)
+    yield np.frombuffer(bytes(x.nbytes + 1), np.uint8)[1:].view(x.dtype).reshape(x.shape)  # not aligned
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_of_another_shape_is_refused_or_leaves_memory_alone(name):
+    """Under the address sanitizer (tests/native/sanitizers.sh) an access beyond an array ends the process."""
+    function, good = getattr(_kernels, name), ARRAYS[name](lambda *shape: np.ones(shape, "f"))
+    function(*good)
+    refused = 0
+    for i, x in enumerate(good):
+        for bad in spoiled(x) if isinstance(x, np.ndarray) else ():
+            try:
+                function(*good[:i], bad, *good[i + 1 :])
+            except (TypeError, ValueError) as error:
+                refused += 1
+                words = ("expected", "not a multiple of", "incompatible function arguments")
+                assert any(word in str(error) for word in words), error
+    assert refused > 10 * sum(isinstance(x, np.ndarray) for x in good)
+
+
 def test_zero_rows_and_one_position_work():
     assert fastgpt.layer_norm(x[:0], w, b).shape == (0, 8)
     assert fastgpt.attention(qkv[:0], 2).shape == (0, 5, 8)

@@ -421,6 +421,29 @@ def test_lm_loss_of_a_scaled_loss_and_of_two_backwards():
         torch.testing.assert_close(x.grad, a / 3)
 
 
+@pytest.mark.parametrize("op", SMALL_SHAPES)
+@pytest.mark.parametrize("transform", (torch.func.grad, torch.func.vmap))
+def test_torch_func_is_refused_in_a_sentence(op, transform):
+    inputs, options = check.make_inputs(op, SMALL_SHAPES[op])
+    first, *others = inputs.values()
+    first = first[None] if transform is torch.func.vmap else first
+    with pytest.raises(NotImplementedError, match=f"fastgpt.{op} does not run inside torch.func's transforms"):
+        transform(lambda x: getattr(fastgpt, op)(x, *others, **options).sum())(first)
+
+
+@pytest.mark.parametrize("rows", (1, 5, 40))
+def test_autocast_changes_nothing(rows):
+    model = gpt.GPT(gpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=20), fastgpt)
+    idx = torch.arange(rows)[None] % 20
+    expected = model(idx), model.generate(idx, 3, temperature=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(idx), expected[0])
+        assert torch.equal(model.generate(idx, 3, temperature=0), expected[1])
+        loss = model.loss(idx, idx)
+    loss.backward()
+    assert loss.dtype is torch.float32 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("wanted", [(), ("hidden",), ("weight",)], ids=str)
 def test_lm_loss_gradients_of_some_inputs_only(wanted):
     assert_parity(check.compare("lm_loss", (2, 9, 16, 11), wanted=wanted))
