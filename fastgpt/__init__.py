@@ -10,9 +10,14 @@ gradients; linear_gelu is gelu(linear(...)) in one pass. The environment variabl
 
 import ctypes
 import os
+import signal
+import sys
 from pathlib import Path
 
-import torch
+if Path(*sys.argv[:1]).stem in ("fastgpt", "-m") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command: until its main(), Ctrl-C just ends the process
+
+import torch  # noqa: E402 (takes seconds)
 
 try:
     from . import _kernels

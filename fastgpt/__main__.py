@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import platform
+import signal
 import sys
 import time
 
@@ -146,6 +147,8 @@ def main(argv=None):
     """The command line. -> the status: 0, 1 for what failed, 2 for what argparse refuses, 130 for Ctrl-C"""
     argv = sys.argv[1:] if argv is None else argv
     prog = " ".join(["fastgpt", *argv[:1]])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while torch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             return run(argv)

@@ -56,14 +56,14 @@ def test_unknown_instruction_set_is_an_error(tmp_path):
 def test_check_prints_a_table_and_succeeds(tmp_path):
     run = fastgpt_command("check", "--quick", cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "kernel err" in run.stdout and "FAILED" not in run.stdout
+    assert "bound" in run.stdout and "FAILED" not in run.stdout
 
 
 def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(check.ops, "gelu", torch.nn.functional.gelu)  # the erf form
     with pytest.raises(SystemExit) as status:
         check.main(["--quick"])
-    assert status.value.code == 1 and "FAILED, expected <=" in capsys.readouterr().out
+    assert status.value.code == 1 and "FAILED" in capsys.readouterr().out
 
 
 def test_bench_writes_its_figures(tmp_path, capsys):
@@ -199,7 +199,10 @@ def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("after", (0.1, 0.4, 0.8))
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(after, tmp_path):
-    code = "import fastgpt_command, sys; print('begun', flush=True); sys.exit(fastgpt_command.main())"
+    code = (  # as the script that pip installs
+        "import sys; sys.argv[0] = 'bin/fastgpt'; print('begun', flush=True)\n"
+        "from fastgpt.__main__ import main; sys.exit(main())"
+    )
     run = subprocess.Popen(
         [sys.executable, "-c", code, "check"],
         cwd=tmp_path,

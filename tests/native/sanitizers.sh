@@ -8,7 +8,7 @@ sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame
 build g++ $sanitize
 "$work/kernels_test"
 
-cp -r "$root/csrc" "$root/fastgpt" "$root/fastgpt_command.py" "$root/gpt.py" "$root/setup.py" "$root/pyproject.toml" \
+cp -r "$root/csrc" "$root/fastgpt" "$root/gpt.py" "$root/setup.py" "$root/pyproject.toml" \
     "$root/README.md" "$root/LICENSE" "$work"
 rm -f "$work"/fastgpt/*.so
 CXXFLAGS="$sanitize -DFASTGPT_POISON" pip install --quiet --no-deps --target "$work/site" "$work"
