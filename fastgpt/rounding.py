@@ -96,7 +96,8 @@ class Rounding(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op, kwargs = func.overloadpacket, kwargs or {}
         known = EXACT | SUMS | PRODUCTS | SCATTERED | ONE_ROUNDING
-        if op not in known and not func.is_view and func in decomposition_table:
+        in_place = func._schema.is_mutable
+        if op not in known and not func.is_view and not in_place and func in decomposition_table:
             with self:  # softmax, layer_norm and their like: operation by operation
                 return decomposition_table[func](*args, **kwargs)
         out = func(*args, **kwargs)
@@ -118,7 +119,7 @@ class Rounding(TorchDispatchMode):
             out_with_error = noise.mul_(error).nan_to_num_(0.0, 0.0, 0.0).add_(out)
         else:
             raise ValueError(UNKNOWN.format(func))
-        return out.copy_(out_with_error) if func._schema.is_mutable else out_with_error
+        return out.copy_(out_with_error) if in_place else out_with_error
 
     def _error(self, func, out, args, kwargs):
         """The standard deviation of a sum's error, in units of u."""

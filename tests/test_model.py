@@ -51,22 +51,23 @@ def losses_of_steps(config, ops, dtype, seed, arithmetic=None):
     """20 steps of AdamW from the same weights on the same batch. -> {"losses": (20,)}"""
     torch.manual_seed(seed)
     model = gpt.GPT(config, ops).to(dtype)
-    optimizer, losses = gpt.make_optimizer(model, 1e-3, 0.99, 0.1), []
+    groups = gpt.make_optimizer(model, 1e-3, 0.99, 0.1).param_groups
+    groups = [dict(params=group["params"], weight_decay=group["weight_decay"]) for group in groups]
+    optimizer, losses = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), foreach=False, fused=False), []
     with arithmetic or contextlib.nullcontext():
         for _ in range(20):
             loss = model.loss(*batch(config, seed=seed))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
     return {"losses": torch.tensor(losses, dtype=torch.float64)}
 
 
-@pytest.mark.parametrize("seed", (0, 1))
-def test_losses_of_20_optimizer_steps(small, seed):
+def test_losses_of_20_optimizer_steps(small, seed=0):
     """The kernels' losses stay as near to float64's as rounding lets the formulas' stay."""
-    exact, runs = losses_of_steps(small, None, torch.float64, seed), 16
+    exact, runs = losses_of_steps(small, None, torch.float64, seed), 12
     errors = [
         losses_of_steps(small, None, torch.float64, seed, Rounding(first=run))["losses"] - exact["losses"]
         for run in range(runs)
