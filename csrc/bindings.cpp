@@ -424,6 +424,9 @@ PYBIND11_MODULE(_kernels, m) {
     m.doc() = "Fused kernels for GPT-2 on NumPy arrays. Results are written into arrays that the caller passes.";
     for (const Kernels* k = kernels_begin; k < kernels_end; k++)
         if (k->runs_here()) kernels = k; // the newest that runs
+    if (!kernels)
+        throw py::import_error("this build has kernels for " + string(kernels_begin->name) +
+                               " alone, which this processor lacks: build again without FASTGPT_BUILD_ISA");
 
     const auto arg = [](const char* name) { return py::arg(name).noconvert(); };
     m.def("layer_norm_forward", layer_norm_forward, arg("x"), arg("weight"), arg("bias"), py::arg("eps"), arg("out"),
