@@ -36,6 +36,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import get_args
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends the seconds in which torch is imported
+
 import numpy as np
 import safetensors.torch
 import tiktoken
