@@ -233,12 +233,14 @@ def compare(
             raise ValueError(f"check: op is {op!r} without {what}=, expected one of {', '.join(CASES)}, or {what}=")
     wanted = None if wanted is None else tuple(wanted)
     kernel = kernel or getattr(ops, op)
-    if inputs is None and formula is None:
+    random_inputs = inputs is None
+    if random_inputs:
+        if shape is None:
+            raise ValueError(f"check: neither shape= nor inputs= is given for {op}, expected one of them")
         inputs, options = make_inputs(op, tuple(shape), seed)
+    if random_inputs and formula is None:
         truth = _known_truth(op, tuple(shape), seed, wanted, dtype)
     else:
-        if inputs is None:
-            inputs, options = make_inputs(op, tuple(shape), seed)
         truth = find_truth(formula or getattr(FORMULAS, op), inputs, options or {}, dtype, wanted)
     options, formula = options or {}, formula or getattr(FORMULAS, op)
     shape = tuple(next(iter(inputs.values())).shape) if shape is None else shape

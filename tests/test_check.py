@@ -90,6 +90,7 @@ def test_other_orders_of_summation_are_no_fault():
         (dict(op="rmsnorm", shape=(3, 4)), "op is 'rmsnorm' without formula=, expected one of layer_norm, gelu"),
         (dict(op="rmsnorm", formula=rms_norm), "op is 'rmsnorm' without kernel="),
         (dict(op="rmsnorm", formula=rms_norm, kernel=rms_norm, shape=(3, 4)), "op is 'rmsnorm' without inputs="),
+        (dict(op="gelu"), "neither shape= nor inputs= is given for gelu"),
         (dict(op="gelu", shape=(3,), dtype=torch.float16), "dtype is torch.float16, expected torch.float32"),
     ],
 )
