@@ -96,6 +96,6 @@ template <class T, class Row> FASTGPT_NOINLINE bool all_finite(int64_t n, int64_
             residue += v - v; // NaN from an infinity or a NaN
         });
     }
-    const T total = sum<T>(residue);
-    return total == total;
+    const T sum_of_residues = sum<T>(residue);
+    return sum_of_residues == sum_of_residues;
 }

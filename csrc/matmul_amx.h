@@ -39,8 +39,8 @@ struct Amx {
     static FASTGPT_INLINE int64_t packed_a_size(int64_t kc) { return MR * round_up(kc, depth) * bytes / 4; }
     static FASTGPT_INLINE int64_t packed_b_size(int64_t kc) { return packed_a_size(kc) / MR * NR; }
 
-    // Store to C directly only for the first k block and aligned rows. Later blocks are added once, after the tile:
-    // resuming the sum inside the tile would round at every pair.
+    // Store to C directly only for the first k block and aligned rows. Later blocks are added once, after the AMX tile:
+    // resuming the sum inside it would round at every pair.
     static FASTGPT_INLINE bool stores_directly(int64_t width, int64_t ldc, bool first) {
         return first && width == NR && ldc % 16 == 0;
     }
