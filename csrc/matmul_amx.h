@@ -113,7 +113,8 @@ struct Amx {
     static void pack_a(const MatmulArgs<float>& args, int64_t m0, int64_t mc, int64_t k0, int64_t kc, float* packed_a,
                        bool* packed_ok) {
         for (int64_t m = 0; m < mc; m += MR) {
-            *packed_ok++ = pack<false>(args.A, args.A_transposed, m0 + m, min<int64_t>(mc - m, MR), k0, kc, packed_a);
+            packed_ok[m / MR] =
+                pack<false>(args.A, args.A_transposed, m0 + m, min<int64_t>(mc - m, MR), k0, kc, packed_a);
             packed_a += packed_a_size(kc);
         }
     }
