@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_parity import assert_parity
+from parity import assert_parity
 
 import fastgpt
 import gpt
