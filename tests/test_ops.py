@@ -1,10 +1,15 @@
 """What holds for every op: parity, bits, NaN and infinities, and that torch can do with it what torch does with ops."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import pytest
 import torch
-from parity import TINY_SHAPES, assert_parity
+from hypothesis import given
+from hypothesis import strategies as st
+from parity import TINY_SHAPES, assert_parity, assert_parity_on_every_isa, cases
 
 import fastgpt
 import gpt
@@ -16,6 +21,12 @@ from fastgpt import check
 @pytest.mark.parametrize("op, shape", [(op, shape) for op in check.CASES for shape in check.CASES[op]], ids=str)
 def test_kernel_is_as_exact_as_the_formula(op, shape, isa):
     assert_parity(check.compare(op, shape))
+
+
+@pytest.mark.parametrize("op", check.CASES)
+@given(data=st.data())
+def test_parity_of_any_shape_strides_dtype_and_seed_on_every_isa(op, data):
+    assert_parity_on_every_isa(*data.draw(cases(op)))
 
 
 @pytest.mark.parametrize("op", TINY_SHAPES)
@@ -51,13 +62,20 @@ NOT_FINITE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf"), 1e20, -1e20, 3e38, 1e-40))
-@pytest.mark.parametrize("op, shape, name", NOT_FINITE, ids=str)
-def test_nan_and_infinities_are_the_formulas_and_what_is_finite_is_true(op, shape, name, bad, isa):
+@lru_cache(maxsize=len(NOT_FINITE) * 7)
+def one_bad_value(op, shape, name, bad):
     inputs, options = check.make_inputs(op, shape)
     x = inputs[name].view(-1)
     x[min(30, x.numel() - 3)] = bad
-    assert_parity(check.compare(op, shape, inputs=inputs, options=options))
+    return inputs, options, check.find_truth(getattr(check.FORMULAS, op), inputs, options)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf"), 1e20, -1e20, 3e38, 1e-40))
+@pytest.mark.parametrize("op, shape, name", NOT_FINITE, ids=str)
+def test_nan_and_infinities_are_the_formulas_and_what_is_finite_is_true(op, shape, name, bad, isa):
+    inputs, options, truth = one_bad_value(op, shape, name, bad)
+    kernel, formula = (check.evaluate(getattr(ops, op), inputs, options, torch.float32) for ops in (fastgpt, gpt))
+    assert_parity(check.compare_results(op, shape, truth, kernel, formula=lambda: formula))
 
 
 # ------------------------------------------------------------------------------------------------------- bits
@@ -96,6 +114,38 @@ def test_bits_do_not_depend_on_threads_where_a_value_is_infinite(op, shape, thre
         threads(n)
         results.append(getattr(fastgpt, op)(**inputs, **options).nan_to_num(1.0, 2.0, 3.0))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("n", (1, 2))
+def test_two_python_threads_at_once_get_the_bits_of_one(n, threads, isa):
+    """Every op meets itself and every other. What one call kept for itself in a place of the process would be mixed."""
+    threads(n)
+    work = [
+        (op, *check.make_inputs(op, shape))
+        for op, shape in (
+            ("layer_norm", (300, 769)), ("gelu", (300, 769)), ("linear", (300, 200, 129)), ("lm_loss", (1, 200, 32, 1009)),
+            ("linear_gelu", (300, 200, 129)), ("attention", (2, 200, 3, 48, 0.2)), ("attention", (1, 270, 2, 64)),
+        )
+    ]  # fmt: skip
+
+    def results(op, inputs, options):
+        return check.evaluate(getattr(fastgpt, op), inputs, options, torch.float32)
+
+    expected = [results(*case) for case in work]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def run(shift):
+        assert torch.get_num_threads() == n
+        different = []
+        for turn, i in itertools.product(range(2 * len(work)), range(len(work))):
+            case = (i + shift * turn) % len(work)
+            barrier.wait()
+            got = results(*work[case])
+            different += [f"{work[case][0]}: {x}" for x in got if not torch.equal(got[x], expected[case][x])]
+        return different
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, (0, 1))) == [[], []]
 
 
 # -------------------------------------------------------------------------------------------- autograd, torch
