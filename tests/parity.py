@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -39,7 +40,13 @@ def assert_parity_on_every_isa(op, inputs, options, dtype=torch.float32, layout=
         fastgpt._kernels.set_isa(before)
 
 
-T_SIZES = (1, 2, 63, 65, 97, 128, 257)  # one, two, one off a block or a register, a prime, whole blocks
+def slow(*values):
+    """Parameters of a test, or tuples of them, that take seconds."""
+    values = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
+
+
+T_SIZES = (1, 2, 63, 65, 97, 128, *slow(257))  # one, two, one off a block or a register, a prime, whole blocks
 
 TINY_SHAPES = dict(
     layer_norm=(3, 11),

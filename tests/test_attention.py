@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import T_SIZES, assert_parity
+from parity import T_SIZES, assert_parity, slow
 
 import fastgpt
 import gpt
@@ -11,7 +11,7 @@ from fastgpt.bench import in_a_fresh_process
 
 
 @pytest.mark.parametrize("D", (8, 16, 48, 64, 80, 128))
-@pytest.mark.parametrize("T", (*T_SIZES, 1000))
+@pytest.mark.parametrize("T", (*T_SIZES, *slow(1000)))
 def test_attention_at_awkward_shapes(T, D):
     T = 500 if T == 1000 and D != 64 else T
     B = 3 if T < 128 else 1
@@ -61,6 +61,7 @@ def test_nan_and_infinities_in_two_heads_of_three(isa):
     assert_parity(check.compare("attention", inputs=inputs, options=options))
 
 
+@pytest.mark.slow
 def test_attention_memory_grows_with_T_and_not_with_its_square():
     code = "from fastgpt.bench import attention_memory; print(attention_memory('kernel', {}))"
     short, long = (float(in_a_fresh_process(code.format(T))) for T in (2048, 8192))
@@ -70,7 +71,7 @@ def test_attention_memory_grows_with_T_and_not_with_its_square():
 # ---------------------------------------------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("T, D", [(1, 8), (65, 48), (257, 64)])
+@pytest.mark.parametrize("T, D", [(1, 8), (65, 48), *slow((257, 64))])
 def test_attention_with_dropout_drops_the_same_weights(T, D, isa):
     assert_parity(check.compare("attention", (2, T, 2, D, 0.3)))
 

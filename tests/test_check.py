@@ -137,6 +137,7 @@ def test_a_fault_in_a_random_case_is_reported(monkeypatch):
     assert failed and all("gelu" in r.op for r in failed)
 
 
+@pytest.mark.slow
 def test_fastgpt_is_checked_in_float64_too():
     for op in check.CASES:
         assert all(r.ok for r in check.compare(op, check.CASES[op][2], dtype=torch.float64))

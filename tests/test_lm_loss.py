@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import assert_parity, slow
 
 import fastgpt
 import gpt
@@ -10,7 +10,7 @@ from fastgpt import check
 from fastgpt.bench import in_a_fresh_process
 
 
-@pytest.mark.parametrize("C", (48, 769))
+@pytest.mark.parametrize("C", (48, *slow(769)))
 @pytest.mark.parametrize("V", (65, 257))
 @pytest.mark.parametrize("T", (1, 63, 128))
 def test_lm_loss_at_awkward_shapes(T, C, V):
