@@ -174,6 +174,7 @@ def test_errors_of_use_are_one_line(argv, message, tmp_path, monkeypatch):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_gpt_py_alone_trains_and_generates(tmp_path):
     """In an empty folder, with torch, numpy, tiktoken and safetensors: any other import that pip brought fails."""
     (tmp_path / "gpt.py").write_bytes(Path(gpt.__file__).read_bytes())
