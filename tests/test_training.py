@@ -12,6 +12,8 @@ import torch
 import fastgpt
 import gpt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --steps 12 --eval-every 4 --sample 5 --warmup 2".split()
 
