@@ -5,7 +5,7 @@ GPT-2's architecture: the tests hold them against torch's own flop counter, agai
 saves, and against some forty published figures. Times are estimates; `--measure` puts ten real steps beside them.
 
 Any other model is known by its number of parameters alone: 2 N flops a token forward, 4 N backward (Kaplan et al.
-2020, "Scaling Laws for Neural Language Models"). So are LLaMA's; its own shape would change no figure by 1 %.
+2020, "Scaling Laws for Neural Language Models"). So are LLaMA's, whose parts are not GPT-2's.
 """
 
 import argparse
@@ -40,6 +40,11 @@ class Model:
     tokens: float | None = None  # it was trained on, where that is published
     weights: bool = False  # can they be had?
     config: gpt.GPTConfig | None = None  # GPT-2's architecture, so that all is known
+
+    @property
+    def shaped(self):
+        """Is enough known to count attention?"""
+        return bool(self.n_layer and self.n_embd and self.block_size)
 
     @property
     def in_products(self):
@@ -130,8 +135,7 @@ def flops(model, count):
 
 def training_flops(model, tokens, count):
     """Forward and backward. Without a known shape there is no attention to count."""
-    known = model.n_layer and model.n_embd and model.block_size
-    return tokens * 3 * flops(model, count if known else "6N")
+    return tokens * 3 * flops(model, count if model.shaped else "6N")
 
 
 # ------------------------------------------------------------------------------------------------------- bytes
@@ -149,8 +153,8 @@ def saved(config, B, T):
     autograd needs of each step: a product both operands, a square its input, a root, tanh or softmax its result.
     """
     C, H, V, n = config.n_embd, config.n_head, config.vocab_size, B * T
-    norm = 4 * (n * C + 2 * n), 4 * (2 * n * C + n)  # x, mean, 1/deviation; centered, normalized, deviation
-    x = 4 * n * C
+    x = 4 * n * C  # bytes of a (B, T, C) tensor
+    norm = x + 4 * 2 * n, 2 * x + 4 * n  # x, mean, 1/deviation; centered, normalized, deviation
     block = {
         "ln_1": norm,
         "attn.c_attn": (x, x),
@@ -393,15 +397,14 @@ def estimate(options):
     held = sum(sizes[key] for key in ("weights", "gradients", "optimizer")) / 1e9
     for row in rows:
         row["least"] = math.ceil(held / row["gigabytes"]) if row["gigabytes"] else None
-    known = model.n_layer and model.n_embd and model.block_size
     return dict(
         about=bench.about(),
         inputs=vars(options) | dict(tokens_are=why),
         model=asdict(model),
         parameters=count_parameters(model.config) if model.config else {},
-        flops={count: flops(model, count) for count in (COUNTS if known else ["6N"])},
+        flops={count: flops(model, count) for count in (COUNTS if model.shaped else ["6N"])},
         work=work,
-        counted=options.flops if known else "6N",
+        counted=options.flops if model.shaped else "6N",
         bytes=sizes,
         limits=limits,
         predicted=predict(model, options, limits) if measured else None,
