@@ -295,12 +295,13 @@ def test_the_optimum_of_a_fit_is_its_lowest_loss_for_that_work():
 # ------------------------------------------------------------------------------------------------- measured
 
 
-def test_measured_counts_equal_the_predicted_and_time_follows_the_steps(capsys):
-    results = estimate("--measure --n-layer 2 --n-embd 32 --block-size 16 --batch-size 4 --accumulate 2")
+@pytest.mark.parametrize("B", (1, 4))
+def test_measured_counts_equal_the_predicted_and_time_follows_the_steps(B, capsys):
+    results = estimate(f"--measure --n-layer 2 --n-embd 32 --block-size 16 --batch-size {B} --accumulate 2")
     predicted, measured = results["predicted"], results["measured"]
     for key in ("parameters", "saved_kernels", "saved_formulas"):
         assert measured[key] == predicted[key], key
-    assert measured["tokens_per_second"] == pytest.approx(4 * 16 * 2 / measured["seconds"])
+    assert measured["tokens_per_second"] == pytest.approx(B * 16 * 2 / measured["seconds"])
     tokens, here = results["inputs"]["tokens"], results["training"][0]
     assert here["seconds"][0] == pytest.approx(tokens / measured["tokens_per_second"])
     cost.main("--measure --n-layer 1 --n-embd 32 --block-size 16 --batch-size 4".split())

@@ -354,7 +354,7 @@ def measure(model, options):
     train = gpt.TrainConfig(batch_size=B, accumulate=options.accumulate)
     optimizer = gpt.make_optimizer(network, train.lr, train.beta2, train.weight_decay)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=T + 10_000)
-    idx, targets = (x.contiguous() for x in gpt.random_batch(tokens, B, T, torch.Generator().manual_seed(0)))
+    idx, targets = (x.clone() for x in gpt.random_batch(tokens, B, T, torch.Generator().manual_seed(0)))
     times = []
     for step in range(STEPS + 2):  # the first two find memory and caches cold
         gpt.progress(f"step {step + 1} of {STEPS + 2}")
@@ -425,8 +425,8 @@ def tokens_to_train_on(model, options):
         steps, T = options.steps or gpt.TrainConfig.steps, model.block_size
         windows = options.batch_size * options.accumulate
         expect(T, "--steps needs a --block-size to be so many tokens")
-        return steps * windows * T, f"{steps} steps of {windows} windows of {T}, as `fastgpt train` takes them"
-    return 20 * model.parameters, "20 a parameter, the rule that Hoffmann et al. 2022 is known for"
+        return steps * windows * T, f"fastgpt train: {steps} steps of {windows} windows of {T}"
+    return 20 * model.parameters, "20 a parameter, the rule of Hoffmann et al. 2022"
 
 
 def predict(model, options, limits):
@@ -454,13 +454,13 @@ def in_units(low, high, units):
     return f"{numbers} {unit}".strip()
 
 
-TIMES = ((365 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "min"), (1, "s"), (1e-3, "ms"))
+TIMES = ((365 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "min"), (1, "s"))
 AMOUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1, ""))
 SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
 
 def duration(seconds):
-    return in_units(*seconds, TIMES)
+    return in_units(*seconds, TIMES) if max(seconds) >= 1 else "under 1 s"
 
 
 def amount(x):
