@@ -358,7 +358,7 @@ def test_every_input_stands_in_the_report(capsys):
         "1.11-2.22",
         "31 %",
         "0.44",
-        "13 windows",
+        "batch of 13",
     ):
         assert text in out, text
 

@@ -474,7 +474,11 @@ def size(x):
 def dollars(pair):
     if pair is None:
         return "-"
-    return "under 1 cent" if max(pair) < 0.01 else "$" + in_units(*pair, ((1e6, "M"), (1e3, "k"), (1, "")))
+    if max(pair) < 0.01:
+        return "under 1 cent"
+    if max(pair) < 1:
+        return "$" + "-".join(dict.fromkeys(f"{x:.2f}" for x in pair))
+    return "$" + in_units(*pair, ((1e6, "M"), (1e3, "k"), (1, "")))
 
 
 def percent(pair):
@@ -527,7 +531,7 @@ def about_bytes(results):
         weights="weights",
         gradients="gradients",
         optimizer="AdamW's two moments" + (" and float32 weights" if options["precision"] == "mixed" else ""),
-        saved_kernels=f"saved for the backward of {options['batch_size']} windows: kernels",
+        saved_kernels=f"saved for the backward, batch of {options['batch_size']}: kernels",
         saved_formulas="the same by gpt.py's formulas",
         kv_token="keys and values of a token",
         kv_window=f"keys and values of a window of {T:,}",
