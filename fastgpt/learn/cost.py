@@ -94,12 +94,11 @@ def choose_model(options):
         train = {key: getattr(train, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
         name = "the small model" if not typed else "the model"
         return gpt2_like(name, gpt.GPTConfig(**train | dict(vocab_size=257) | typed))
-    if options.model in known:
-        model = known[options.model]
-    elif os.path.isdir(options.model):
+    if os.path.isdir(options.model):
         model = gpt2_like(options.model, gpt.GPT.from_pretrained(options.model).config, weights=True)
     else:
-        raise ValueError(f"model is {options.model!r}, expected a folder or one of {', '.join(known)}")
+        expect(options.model in known, f"model is {options.model!r}, expected a folder or one of {', '.join(known)}")
+        model = known[options.model]
     if not typed:
         return model
     expect(model.config, f"{model.name} is known by its number of parameters alone: no size of it can change")
@@ -611,11 +610,11 @@ def about_loss(results):
 
 
 def number(least, whole=False):
-    """For argparse: a number of at least so much, "1e9" or "1,000" too."""
+    """For argparse: a number of at least so much and at most 1e18; "1e9" and "1,000" too."""
 
     def parse(text):
         value = float(text.replace(",", ""))
-        if not least <= value < math.inf or whole and value != int(value):
+        if not least <= value <= 1e18 or whole and value != int(value):
             raise ValueError
         return int(value) if whole else value
 
@@ -629,11 +628,11 @@ def span(most):
     def parse(text):
         low, _, high = text.partition(":")
         pair = float(low), float(high or low)
-        if not 0 < pair[0] <= pair[1] <= most or math.isinf(pair[1]):
+        if not 1e-9 <= pair[0] <= pair[1] <= most:
             raise ValueError
         return pair
 
-    parse.__name__ = "number or LOW:HIGH (above 0" + (f", at most {most:g})" if most < math.inf else ")")
+    parse.__name__ = f"number or LOW:HIGH (above 0, at most {most:g})"
     return parse
 
 
@@ -666,11 +665,11 @@ def make_parser():
     add("--count", type=whole, metavar="N", default=1, help="how many of them (default: 1)")
     add("--peak", type=positive, metavar="TFLOPS", help="TFLOP/s of one, instead of the listed ones")
     add("--utilisation", "--utilization", type=span(1), metavar="X", help="share of the peak: 0.3, or 0.3:0.5")
-    add("--price", type=span(math.inf), metavar="X", help="dollars an hour for one: 1.5, or 1.5:3")
+    add("--price", type=span(1e9), metavar="X", help="dollars an hour for one: 1.5, or 1.5:3")
     add("--hours", type=positive, metavar="X", help="that the training took there: finds the utilisation")
     add("--flops", choices=COUNTS, default="square", help="by which to reckon there (default: square)")
     add("--share", type=span(1), metavar="X", help="of this machine's multiply-adds (default: 0.6)", default=(0.6, 0.6))
-    add("--price-here", type=span(math.inf), metavar="X", help="dollars an hour for this machine")
+    add("--price-here", type=span(1e9), metavar="X", help="dollars an hour for this machine")
     add("--measure", action="store_true", help=f"time {STEPS} steps here, and count what they save")
     add("--json", action="store_true", help="print all numbers as JSON")
     return parser
