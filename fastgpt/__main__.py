@@ -16,6 +16,7 @@ import torch
 import gpt
 
 from . import _kernels, bench, check, ops
+from .learn import exercise
 
 
 def info():
@@ -117,6 +118,7 @@ COMMANDS = {
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
     "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
+    "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "train": ("train a model on a text", on_kernels("train")),
     "generate": ("continue a prompt", on_kernels("generate")),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
