@@ -264,10 +264,9 @@ LAYER_NORM = {
     "the variance is divided by C - 1, and eps stands outside the root; it is C, and sqrt(variance + eps)": (
         norm(unbiased_outside)
     ),
-    "eps is missing; it is sqrt(variance + eps)": norm(lambda c, v: c / torch.sqrt(v)),
+    "eps is missing, or so small that it does nothing; it is sqrt(variance + eps)": norm(lambda c, v: c / torch.sqrt(v)),
     "eps is 1e-6; GPT-2's is 1e-5": with_eps(1e-6),
     "eps is 1e-8; GPT-2's is 1e-5": with_eps(1e-8),
-    "eps is 1e-12; GPT-2's is 1e-5": with_eps(1e-12),
     "eps is 1e-4; GPT-2's is 1e-5": with_eps(1e-4),
     "eps is 1e-3; GPT-2's is 1e-5": with_eps(1e-3),
     "eps is squared under the root": with_eps(1e-10),
@@ -430,15 +429,6 @@ def softmax_then_mask(scores, hidden):
     return torch.softmax(scores, -1).masked_fill(hidden, 0.0)
 
 
-def softmax_then_mask_then_divide(scores, hidden):
-    weights = softmax_then_mask(scores, hidden)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def scores_times_mask(scores, hidden):
-    return torch.softmax(scores * (~hidden).to(scores.dtype), -1)
-
-
 def interleaved_heads(qkv, n_head):  # channel c belongs to head c % H
     return [x.unflatten(-1, (-1, n_head)).permute(0, 3, 1, 2) for x in qkv.chunk(3, dim=-1)]
 
@@ -502,7 +492,7 @@ def transposed_weights(weights, v):
 
 
 ATTENTION = {
-    "the mask hides the position itself; a position sees itself and all before (triu(1), not triu(0))": (
+    "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0) ": (
         attention_with(hidden=lambda query, key: key >= query)
     ),
     "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0)": (
@@ -515,20 +505,14 @@ ATTENTION = {
     "the mask is turned around: positions see the future and not the past": (
         attention_with(hidden=lambda query, key: key < query)
     ),
-    "hidden scores are set to 0; exp(0) = 1 still counts: set them to -inf before the softmax": (
+    "hidden scores are set to 0 or multiplied by 0; exp(0) = 1 still counts: set them to -inf before the softmax": (
         attention_with(weigh=filled(0.0))
-    ),
-    "the scores are multiplied by a mask of 0 and 1; exp(0) = 1 still counts: set them to -inf before the softmax": (
-        attention_with(weigh=scores_times_mask)
     ),
     "hidden scores are set to -1, which still counts: set them to -inf before the softmax": (
         attention_with(weigh=filled(-1.0))
     ),
     "hidden scores are set to -10, which still counts: set them to -inf before the softmax": (
         attention_with(weigh=filled(-10.0))
-    ),
-    "the smallest float above 0 masks the scores (finfo.tiny); it is -inf, or finfo.min": (
-        attention_with(weigh=filled(torch.finfo(torch.float32).tiny))
     ),
     "the mask comes after the softmax: the rows no longer sum to 1; set scores to -inf before": (
         attention_with(weigh=softmax_then_mask)
