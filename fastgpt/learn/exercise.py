@@ -141,29 +141,33 @@ def opened(path, seconds=SECONDS):
             yield sandbox, warnings
 
 
-def judge_file(path, name, names, seconds=SECONDS):
-    """The verdict on one of a file's exercises, what the file printed, and the compiler's warnings."""
-    e = EXERCISES[name]
-    with opened(path, seconds) as (sandbox, warnings):
-        if name == "sampling":
-            verdict = judge.judge_sampling(sandbox)
-        elif name == "kv-cache":
-            verdict = judge.judge_cache(sandbox)
-        else:
-            verdict = judge.judge_formula(sandbox, name, f"{e.function}_backward" in names)
-        return verdict, sandbox.printed.decode(errors="replace"), warnings
+def judge_exercise(sandbox, name, names):
+    """The verdict on one of the exercises in a sandbox's file, which defines these names."""
+    if name == "sampling":
+        return judge.judge_sampling(sandbox)
+    if name == "kv-cache":
+        return judge.judge_cache(sandbox)
+    return judge.judge_formula(sandbox, name, f"{EXERCISES[name].function}_backward" in names)
 
 
 def check_file(path, speed=True, seconds=SECONDS, file=None):
-    """Judge everything in a file and print it. -> whether all of it is right"""
+    """Judge everything in a file and print it. -> whether all of it is right. Broken if it can't be judged."""
     found, names = defined(path)
-    right = True
-    for name in found:
-        verdict, printed, warnings = judge_file(path, name, names, seconds)
-        show(verdict, path, printed, warnings, file)
-        right &= verdict.ok
-        if verdict.ok and speed and EXERCISES[name].inputs:
-            show_speed(path, verdict, file)
+    right, fast = True, []
+    with opened(path, seconds) as (sandbox, warnings):
+        for name in found:
+            try:
+                verdict = judge_exercise(sandbox, name, names)
+            except Broken as error:
+                told = "\n".join(f"  {line[: WIDTH - 2]}" for line in sandbox.printed_lines()[:10])
+                print(f"It printed:\n{told}\n" if told else "", end="", file=file)
+                raise Broken(f"{error}" if len(found) == 1 else f"{name}: {error}") from None
+            show(verdict, path, sandbox.printed_lines(), warnings, file)
+            sandbox.printed = b""
+            right &= verdict.ok
+            fast += [verdict] if verdict.ok and EXERCISES[name].inputs else []
+    for verdict in fast if speed else ():
+        show_speed(path, verdict, file)
     if right:
         show_next(path, found, file)
     return right
@@ -172,7 +176,7 @@ def check_file(path, speed=True, seconds=SECONDS, file=None):
 WHOSE = {"autograd": "gradients by autograd", "own": "gradients by its own backward", "": ""}
 
 
-def show(verdict, path, printed="", warnings=(), file=None):
+def show(verdict, path, printed=(), warnings=(), file=None):
     """Print a verdict."""
     e = EXERCISES[verdict.name]
 
@@ -196,15 +200,11 @@ def show(verdict, path, printed="", warnings=(), file=None):
     if len(good) > 12:
         say(f"  ok     {len(good) - 12} more cases")
     say()
-    for line in warnings[:3] if bad else ():
+    for line in warnings[:3] if bad else []:
         say(f"The compiler warns: {line}")
-    if lines := printed.strip().splitlines():
-        say("It printed:")
-        for line in lines[:10]:
-            print(f"  {line[: WIDTH - 2]}", file=file)
-        if len(lines) > 10:
-            print("  ...", file=file)
-        say()
+    if printed:
+        shown = [f"  {line[: WIDTH - 2]}" for line in printed[:10]] + ["  ..."] * (len(printed) > 10)
+        print("It printed:", *shown, "", sep="\n", file=file)
     if not bad:
         what = "outputs and all gradients" if verdict.gradients else "all outputs"
         if verdict.name == "sampling":
@@ -275,7 +275,7 @@ def measure(path, verdict, seconds=SPEED_SECONDS):
 def show_speed(path, verdict, file=None):
     """Print how fast the file's function is, beside the formula, torch and our kernel."""
     title, rows, limit = measure(path, verdict)
-    print(f"\nIts speed, {title}; medians in ms of turns in one process, and the share of what this machine can do", file=file)
+    print(f"\nThe speed of {verdict.name}, {title}; medians in ms, in turns, and the share of what this machine can do", file=file)
     print(f"({limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory):\n", file=file)
     print(f"  {'':<18}{'formula':>16}{'best of torch':>18}{'our kernel':>18}{'yours':>18}", file=file)
     for part, by in rows.items():

@@ -89,6 +89,10 @@ class Sandbox:
         while part := self.process.stdout.read1(65536):
             self.printed = (self.printed + part)[:PRINTED]
 
+    def printed_lines(self):
+        """What the file has printed so far, without empty lines."""
+        return [line for line in self.printed.decode(errors="replace").splitlines() if line.strip()]
+
     def ask(self, request, what="", seconds=None):
         """The answer. Broken if there is none; `what` says in a message what was asked."""
         if not self.ready:
@@ -134,7 +138,7 @@ class Sandbox:
         if status >= 0:
             return f"it ended the process itself, with status {status},"
         name = signal.Signals(-status).name
-        said = [line for line in self.printed.decode(errors="replace").splitlines() if line.strip()]
+        said = self.printed_lines()
         return f"it crashed with {name}{f' ({said[-1].strip()[:70]})' if said else ''}"
 
 

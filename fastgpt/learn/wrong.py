@@ -492,7 +492,7 @@ def transposed_weights(weights, v):
 
 
 ATTENTION = {
-    "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0) ": (
+    "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0), whose first row is NaN": (
         attention_with(hidden=lambda query, key: key >= query)
     ),
     "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0)": (
