@@ -80,7 +80,7 @@ def test_the_formula_itself_and_torchs_own_function_pass(name):
 
     e = EXERCISES[name]
     verdict = exercise.judge_exercise(Inside(**{e.function: getattr(gpt, name)}), name, set())
-    assert verdict.ok and f"It calls gpt.{name}: right, but borrowed." in verdict.notes[0]
+    assert verdict.ok and f"gpt.{name}" in verdict.notes[0] and "borrowed" in verdict.notes[0]
     if name != "linear_gelu":  # without a bias too
         assert exercise.judge_exercise(Inside(**{e.function: getattr(bench.TORCH, name)}), name, set()).ok
 
@@ -91,7 +91,8 @@ def test_the_formula_itself_and_torchs_own_function_pass(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_each_known_mistake_is_named(name):
-    for title, formula in WRONG[name].items():
+    titles = list(WRONG[name].items())
+    for title, formula in titles[:8] if name == "linear_gelu" else titles:  # after its own come linear's and gelu's
         verdict = exercise.judge_exercise(Inside(**{EXERCISES[name].function: formula}), name, set())
         assert not verdict.ok and verdict.mistake == [f"The mistake: {title}."], title
 
@@ -214,9 +215,9 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
     "constants": ("gelu", "def gelu(x): return 0 * x + 0.5", "all numbers are the same"),
     "NaN": ("attention", "def attention(qkv, n_head): return qkv.chunk(3, -1)[0] * math.nan", "all numbers are NaN"),
     "reversed": ("gelu", "def gelu(x): return F.gelu(x.flip(-1), approximate='tanh')", "columns in the opposite order"),
-    "mask for long texts": ("attention", ATTENTION.format(MASKED + "\n    att = att.softmax(-1) if T <= 128 else att.masked_fill(torch.arange(T) < T - 128, float('-inf')).softmax(-1)"), "row 129"),
+    "mask for long texts": ("attention", ATTENTION.format(MASKED + "\n    att = att.softmax(-1) if T <= 128 else att.softmax(-1) * (torch.arange(T) >= T - 128)"), "wrong in 1x130x1x20; 1x257x1x8"),
     "window": ("kv-cache", CACHE.format(INIT, APPEND + "; self.k, self.v = self.k[:, :, -64:], self.v[:, :, -64:]", "S - T"), "70 positions"),
-    "top_p in float32": ("sampling", "def sample(logits, temperature, top_k, top_p, rng):\n    return torch.full((len(logits), 1), 3)", "None of the mistakes"),
+    "another temperature": ("sampling", "import gpt\ndef sample(logits, t, k, p, rng): return gpt.sample(logits, t if t < 2 else 1.9, k, p, rng)", "wrong only where temperature is not 1, there not always"),
 }  # fmt: skip
 
 
@@ -231,12 +232,9 @@ def test_a_fault_of_somebody_else_fails_and_is_told(fault):
 def test_the_first_wrong_value_is_told_with_what_was_expected():
     verdict = verdict_on("def gelu(x): return F.gelu(x)", "gelu")
     x = judge.cases("gelu")[0].inputs["x"].double()
-    assert verdict.first.startswith(f"First wrong value: out[0] is {F_gelu(x):.3g}"[:36])
-    assert "expected" in verdict.first and "at most" in verdict.first and verdict.first.endswith("in 1.")
-
-
-def F_gelu(x):
-    return torch.nn.functional.gelu(x).item()
+    got, expected = torch.nn.functional.gelu(x).item(), gpt.gelu(x).item()
+    assert verdict.first.startswith(f"First wrong value: out[0] is {got:.5f}, expected {expected:.5f}, at most ")
+    assert verdict.first.endswith(" off, in 1.")
 
 
 @pytest.mark.parametrize(
@@ -248,8 +246,16 @@ def F_gelu(x):
         ("gelu", "def gelu(x): return x.data.mul_(2)", "it changes x"),
         ("gelu", "def gelu(x): return F.gelu(x.detach())", "has no gradient"),
         ("gelu", "def gelu(x): return trch.tanh(x)", "NameError: name 'trch' is not defined"),
-        ("gelu", "def gelu(x): return x\ndef gelu_backward(dout, x): return dout, dout", "returns 2 values, expected 1: dx"),
-        ("sampling", "def sample(logits, t, k, p, rng): return logits.argmax(-1)", "expected torch.int64 of shape (1, 1)"),
+        (
+            "gelu",
+            "def gelu(x): return x\ndef gelu_backward(dout, x): return dout, dout",
+            "returns 2 values, expected 1: dx",
+        ),
+        (
+            "sampling",
+            "def sample(logits, t, k, p, rng): return logits.argmax(-1)",
+            "expected torch.int64 of shape (1, 1)",
+        ),
     ],
 )
 def test_a_result_of_another_kind_is_told(name, text, words):
@@ -264,12 +270,23 @@ def test_a_result_of_another_kind_is_told(name, text, words):
     "text, words",
     [
         ("def gelu(x):\n    while True: pass\n", "no result after 2 s in 1: is there an endless loop"),
-        ("import os\ndef gelu(x): os._exit(0)\n", "it ended the process itself, with status 0"),
-        ("import os\ndef gelu(x):\n    os.fork()\n    return x\n", "it starts another process"),
-        ("import os\nos.fork()\ndef gelu(x): return x\n", "it starts another process"),
-        ("import sys\nsys.exit(3)\ndef gelu(x): return x\n", "cannot be imported: line 2: it calls sys.exit(3)"),
-        ("import nowhere\ndef gelu(x): return x\n", "cannot be imported: line 1: ModuleNotFoundError: No module named"),
-        ("import ctypes\ndef gelu(x): ctypes.string_at(0)\n", "it crashed with SIGSEGV"),
+        *(
+            pytest.param(*bad, marks=pytest.mark.slow)
+            for bad in [
+                ("import os\ndef gelu(x): os._exit(0)\n", "it ended the process itself, with status 0"),
+                ("import os\ndef gelu(x):\n    os.fork()\n    return x\n", "it starts another process"),
+                ("import os\nos.fork()\ndef gelu(x): return x\n", "it starts another process"),
+                (
+                    "import sys\nsys.exit(3)\ndef gelu(x): return x\n",
+                    "cannot be imported: line 2: it calls sys.exit(3)",
+                ),
+                (
+                    "import nowhere\ndef gelu(x): return x\n",
+                    "cannot be imported: line 1: ModuleNotFoundError: No module named",
+                ),
+                ("import ctypes\ndef gelu(x): ctypes.string_at(0)\n", "it crashed with SIGSEGV"),
+            ]
+        ),
         ("def gelu(x):\n    return x +\n", "line 2: SyntaxError"),
         ("def glu(x): return x\n", "defines none of linear, gelu"),
     ],
@@ -281,11 +298,16 @@ def test_a_bad_file_ends_in_one_line(tmp_path, text, words):
 
 
 def test_what_a_file_prints_is_shown_and_harms_nothing(tmp_path):
-    text = "import torch\ndef gelu(x):\n    print('x' * 200)\n    return torch.nn.functional.gelu(x, approximate='tanh')\n"
-    right, out = check_file(written(tmp_path, text))
-    assert right and "It printed:" in out and max(map(len, out.splitlines())) <= 100
+    text = (
+        "import torch\ndef gelu(x):\n    print('x' * 200)\n    return torch.nn.functional.gelu(x, approximate='tanh')\n"
+    )
+    path = written(tmp_path, text)
+    right, out = check_file(path)
+    assert right and "It printed:" in out
+    assert max(map(len, out.replace(str(path), path.name).splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_an_exception_in_one_case_is_told_with_its_line(tmp_path):
     right, out = check_file(written(tmp_path, "def gelu(x):\n    sys.exit()\n"))
     assert not right and "line 2: NameError: name 'sys' is not defined" in out
@@ -307,9 +329,9 @@ CPP = {
     "an abort": ("std::abort(); out[0] = x[n];", "it crashed with SIGABRT"),
     "an exit": ("std::exit(0); out[0] = x[n];", "it ended the process itself, with status 0"),
     "a fork": ("if (fork() == 0) _exit(0); for (int64_t i = 0; i < n; i++) " + GOOD, "it starts another process"),
-    "an error": ("return x;", "does not compile: line 6: error:"),
+    "an error": ("return x;", "does not compile: line 6: "),
     "what was there": ("for (int64_t i = 0; i < n; i++) { const float y = out[i]; " + GOOD + " out[i] += y; }", "adds to what was in there"),
-    "the last one left": ("for (int64_t i = 0; i + 1 < n || i == 0; i++) " + GOOD, "never written: 1 of 128 numbers of out"),
+    "the last one left": ("for (int64_t i = 0; i + 1 < n || i + n == 1; i++) " + GOOD, "never written: 1 of 128 numbers of out"),
     "nothing": ("(void)x; (void)out; (void)n;", "gelu is not written yet"),
 }  # fmt: skip
 
@@ -331,7 +353,9 @@ def test_what_cpp_may_do_wrong_is_a_message(tmp_path, fault):
 
 @compiler
 def test_other_arguments_and_a_missing_compiler_are_told(tmp_path, monkeypatch):
-    path = written(tmp_path, 'extern "C" void gelu(const double* x, double* out, int n) { out[0] = x[n]; }\n', "mine.cpp")
+    path = written(
+        tmp_path, 'extern "C" void gelu(const double* x, double* out, int n) { out[0] = x[n]; }\n', "mine.cpp"
+    )
     with pytest.raises(ValueError, match="mine.cpp: does not compile: line 1: .*arguments must be those"):
         check_file(path)
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -400,13 +424,14 @@ def test_hints_come_one_by_one_and_stay_readable(tmp_path, monkeypatch):
 def test_the_solution_is_what_gpt_py_runs(name):
     text = exercise.solution(name)
     for function in EXERCISES[name].solution:
-        assert f"{'class' if function == 'KVCache' else 'def'} {function}(" in text
+        assert f"class {function}:" in text or f"def {function}(" in text
     lines = Path(gpt.__file__).read_text(encoding="utf-8")
     assert all(line in lines for line in text.splitlines() if line and not line.startswith("#"))
     if EXERCISES[name].derivation:
         assert (Path(__file__).parents[1] / "csrc" / EXERCISES[name].derivation).exists()
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     def run(*args):
         command = [sys.executable, "-m", "fastgpt", "exercise", *args]
@@ -502,4 +527,6 @@ def test_prototypes_are_those_that_the_arguments_fill():
     for e in EXERCISES.values():
         for prototype in e.prototypes:
             assert tasks.function_of(prototype) in (e.cpp_function, f"{e.function}_backward")
-            assert all(kind.rstrip("*").removeprefix("const ") in native.KINDS for kind, _ in native.parameters(prototype))
+            assert all(
+                kind.rstrip("*").removeprefix("const ") in native.KINDS for kind, _ in native.parameters(prototype)
+            )

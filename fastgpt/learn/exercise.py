@@ -13,7 +13,6 @@ import argparse
 import ast
 import inspect
 import re
-import statistics
 import sys
 import tempfile
 import textwrap
@@ -64,7 +63,9 @@ def hint(path, name=None):
     given = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
     number = sum(line.startswith(f"{e.name} ") for line in given)
     if number == len(e.hints):
-        return [f"That were all hints; they stand in {notes}. `fastgpt exercise solution {e.name}` shows gpt.py's lines."]
+        return [
+            f"That were all hints; they stand in {notes}. `fastgpt exercise solution {e.name}` shows gpt.py's lines."
+        ]
     title = f"{e.name} {number + 1} of {len(e.hints)}"
     text = textwrap.wrap(e.hints[number], WIDTH, break_long_words=False)
     with open(notes, "a", encoding="utf-8") as file:
@@ -242,7 +243,13 @@ def speed_case(name):
     if name == "attention":
         B, T, H, D = 1, 256, 6, 64
         work = B * H * T * (T + 1) // 2 * 4 * D
-        return f"B{B} T{T} H{H} D{D}", dict(qkv=normal(B, T, 3 * H * D)), dict(n_head=H), (work, 7 * work // 2), "GFLOP/s"
+        return (
+            f"B{B} T{T} H{H} D{D}",
+            dict(qkv=normal(B, T, 3 * H * D)),
+            dict(n_head=H),
+            (work, 7 * work // 2),
+            "GFLOP/s",
+        )
     n, C, V = 256, 128, 2048
     inputs = dict(hidden=normal(1, n, C), weight=normal(V, C, scale=0.02))
     options = dict(targets=torch.randint(V, (1, n)))
@@ -259,7 +266,9 @@ def measure(path, verdict, seconds=SPEED_SECONDS):
     limit = bench.limits()
     request = dict(ask="speed", name=verdict.name, inputs=inputs, options=options, seconds=seconds)
     with opened(path) as (sandbox, _):
-        times = sandbox.ask(request | dict(own_backward=verdict.gradients == "own"), "the measurement of its speed", 120.0)
+        times = sandbox.ask(
+            request | dict(own_backward=verdict.gradients == "own"), "the measurement of its speed", 120.0
+        )
     if "error" in times:
         raise Broken(f"{Path(path).name}: in the measurement of its speed: {times['error']}")
     rows = {}
@@ -275,15 +284,24 @@ def measure(path, verdict, seconds=SPEED_SECONDS):
 def show_speed(path, verdict, file=None):
     """Print how fast the file's function is, beside the formula, torch and our kernel."""
     title, rows, limit = measure(path, verdict)
-    print(f"\nThe speed of {verdict.name}, {title}; medians in ms, in turns, and the share of what this machine can do", file=file)
-    print(f"({limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory):\n", file=file)
+    print(
+        f"\nThe speed of {verdict.name}, {title}; medians in ms, in turns, and the share of what this machine can do",
+        file=file,
+    )
+    print(
+        f"({limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory):\n", file=file
+    )
     print(f"  {'':<18}{'formula':>16}{'best of torch':>18}{'our kernel':>18}{'yours':>18}", file=file)
     for part, by in rows.items():
         kernel, best = by["kernel"], by["kernel"]["best"]
         share = kernel["share"] * kernel["kernel"]["ms"]  # times ms: what a time of 1 ms would be
 
         def cell(ms, share=share):
-            return f"{bench_digits(ms)} {share / ms:>6.1%}" if share / ms < 0.1 else f"{bench_digits(ms)} {share / ms:>6.0%}"
+            return (
+                f"{bench_digits(ms)} {share / ms:>6.1%}"
+                if share / ms < 0.1
+                else f"{bench_digits(ms)} {share / ms:>6.0%}"
+            )
 
         cells = [cell(kernel[who]["ms"]) for who in ("formula", best, "kernel")] + [cell(by["yours"]["kernel"]["ms"])]
         print(f"  {part:<18}{cells[0]:>16}" + "".join(f"{c:>18}" for c in cells[1:]), file=file)
@@ -313,9 +331,9 @@ def load_ops(path):
     """fastgpt's ops, with a file's own functions in the places of those of the same names: for gpt.GPT(config, ops).
 
     Python functions run as they are, with their own backward where there is one; C++ ones are compiled and called
-    through ctypes, with their own backward or gpt.py's formula for it. Each is first tried on a small input in a process
-    of its own: what crashes, hangs or gives another shape is refused here with a ValueError of one line, before anything
-    is trained. Whether it is right, `check` says.
+    through ctypes, with their own backward or gpt.py's formula for it. Each is first tried on a small input in a
+    process of its own: what crashes, hangs or gives another shape is refused here with a ValueError of one line, before
+    anything is trained. Whether it is right, `check` says.
     """
     found, names = defined(path)
     found = [name for name in found if EXERCISES[name].inputs]
@@ -353,8 +371,10 @@ def probe(sandbox, name, names):
     if "error" in answer:
         raise ValueError(f"{file}: {e.function}: {answer['error']}")
     if answer["out"].shape != out.shape or answer["out"].dtype != out.dtype:
-        raise ValueError(f"{file}: {e.function} gives {judge.spell(answer['out'].dtype, answer['out'].shape)}, "
-                         f"expected {judge.spell(out.dtype, out.shape)}")
+        raise ValueError(
+            f"{file}: {e.function} gives {judge.spell(answer['out'].dtype, answer['out'].shape)}, "
+            f"expected {judge.spell(out.dtype, out.shape)}"
+        )
     return own_backward
 
 
@@ -380,7 +400,9 @@ def formula_backward(e):
 
     def backward(dout, *arguments):
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
+            leaves = [
+                x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments
+            ]
             named = dict(zip(e.arguments, leaves, strict=False))
             wanted = [named[n] for n in e.inputs if named.get(n) is not None]
             return torch.autograd.grad(getattr(gpt, e.function)(*leaves), wanted, dout)
@@ -418,7 +440,11 @@ def make_parser():
     command.add_argument("file", metavar="FILE")
     command.add_argument("--no-speed", action="store_true", help="leave out the speed")
     command.add_argument(
-        "--seconds", type=positive, default=SECONDS, metavar="S", help="for one answer of the file (default: %(default)g)"
+        "--seconds",
+        type=positive,
+        default=SECONDS,
+        metavar="S",
+        help="for one answer of the file (default: %(default)g)",
     )
     command = commands.add_parser("hint", help="one more hint each time")
     command.add_argument("file", metavar="FILE")

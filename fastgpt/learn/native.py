@@ -1,8 +1,8 @@
 """A learner's C++ file: compiled with the machine's compiler, loaded with ctypes, called on tensors.
 
-While it is judged, each array lies between two stretches of memory that nobody may touch, once with its end and once with
-its start at the border, so that any access beyond either end stops the process; inputs may not be written. A handler
-that is compiled in says which array it was, and where.
+While it is judged, each array lies between two stretches of memory that nobody may touch, once with its end and
+once with its start at the border, so that any access beyond either end stops the process; inputs may not be written. A
+handler that is compiled in says which array it was, and where.
 """
 
 import ctypes
@@ -107,7 +107,12 @@ def compile_file(path, folder):
         command = [*compiler, *FLAGS, *tuned, *own, *files, "-o", str(library)]
         try:
             made = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=COMPILE_SECONDS
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                timeout=COMPILE_SECONDS,
             )
         except subprocess.TimeoutExpired:
             raise ValueError(f"{path.name}: the compiler is not done after {COMPILE_SECONDS} s") from None
@@ -125,7 +130,9 @@ def messages(text, path, kind):
 
 
 def first_error(text, path):
-    errors = messages(text, path, "error") or [line for line in text.splitlines() if "error" in line or "undefined" in line]
+    errors = messages(text, path, "error") or [
+        line for line in text.splitlines() if "error" in line or "undefined" in line
+    ]
     first = errors[0][:200] if errors else "the compiler says nothing"
     if "conflicting declaration" in first or "language linkage" in first:
         first += " (its arguments must be those of the file that `start` writes)"
@@ -181,7 +188,7 @@ def extents(name, a):
     return dict(rows=hidden.numel() // C, C=C, V=V), dict(out=(), dhidden=hidden.shape, dweight=(V, C))
 
 
-UNWRITTEN = 0x7FC0DEAD  # a NaN that no arithmetic makes
+UNWRITTEN = 0x7FA0DEAD  # a signaling NaN: whatever is computed with it has other bits
 
 
 class Memory:
@@ -198,8 +205,14 @@ class Memory:
         self.size = x.numel() * x.element_size()
         pages = -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE
         self.reserved = pages + 2 * GUARD
-        self.low = self.libc.mmap(None, self.reserved, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0,
-                                  mmap.MAP_PRIVATE | mmap.MAP_ANON, -1, 0)
+        self.low = self.libc.mmap(
+            None,
+            self.reserved,
+            mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0,
+            mmap.MAP_PRIVATE | mmap.MAP_ANON,
+            -1,
+            0,
+        )
         if self.low in (None, ctypes.c_void_p(-1).value):
             raise MemoryError
         middle = self.low + GUARD

@@ -1,7 +1,7 @@
 """A learner's file in a process of its own: it may print, exit, crash, fork or hang, and what comes back is a message.
 
 The parent asks (Sandbox.ask), the child answers (serve), in frames on two pipes: a length in 8 bytes, then a dictionary
-of tensors, numbers and texts. The length FAULT is written by the signal handler that native.py compiles into a C++ file.
+of tensors, numbers and texts. The length FAULT is written by the signal handler that native.py adds to a C++ file.
 """
 
 import importlib.util
@@ -189,7 +189,9 @@ class Child:
         if self.native:
             self.native.guard(at_end, fill)
         function = own(self.module, e) if own_backward else getattr(self.module, e.function)
-        leaves = [x.clone().requires_grad_() if is_float(x) else x.clone() if torch.is_tensor(x) else x for x in arguments]
+        leaves = [
+            x.clone().requires_grad_() if is_float(x) else x.clone() if torch.is_tensor(x) else x for x in arguments
+        ]
         borrowed = set()
         if not self.native:
             sys.setprofile(lambda frame, event, arg: borrowed.add(borrowed_from(frame)))

@@ -39,8 +39,8 @@ def function_of(prototype):
     return prototype.partition("(")[0].split()[-1].lstrip("*")
 
 
-LINEAR_CPP = """x is M x K, weight N x K, out M x N, row after row. bias has N values, or is nullptr: then there is none,
-and dbias is nullptr too. The backward sets all of dx, dweight and dbias."""
+LINEAR_CPP = """x is M x K, weight N x K, out M x N, row after row. bias has N values, or is nullptr: then there is
+none, and dbias is nullptr too. The backward sets all of dx, dweight and dbias."""
 
 EXERCISES = {
     e.name: e
@@ -68,8 +68,8 @@ Shapes: x (..., K), weight (N, K), bias (N) or None -> (..., N). "..." is any nu
             (
                 "void linear(const float* x, const float* weight, const float* bias, float* out, int64_t M, int64_t N, "
                 "int64_t K)",
-                "void linear_backward(const float* dout, const float* x, const float* weight, float* dx, float* dweight, "
-                "float* dbias, int64_t M, int64_t N, int64_t K)",
+                "void linear_backward(const float* dout, const float* x, const float* weight, float* dx, float* "
+                "dweight, float* dbias, int64_t M, int64_t N, int64_t K)",
             ),
             LINEAR_CPP,
             ("linear",),
@@ -89,8 +89,8 @@ This is the tanh form of GELU, the one GPT-2's weights were trained with. Shapes
                 "stands, with torch.tanh, math.sqrt and math.pi.",
                 "sqrt(2 / pi) is one number, 0.79788...: the root is of the whole quotient.",
                 "0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))",
-                "Backward: out is a product of x / 2 and 1 + t with t = tanh(u). Both factors depend on x, so there are "
-                "two terms: (1 + t) / 2, and x / 2 times the slope of t.",
+                "Backward: out is a product of x / 2 and 1 + t with t = tanh(u). Both factors depend on x, so there "
+                "are two terms: (1 + t) / 2, and x / 2 times the slope of t.",
                 "Backward: the slope of tanh(u) is 1 - tanh(u)^2, times that of u itself: sqrt(2 / pi) * "
                 "(1 + 3 * 0.044715 * x^2). At the end, everything is multiplied by dout.",
             ),
@@ -120,10 +120,10 @@ Shapes: x (..., C), weight (C), bias (C) -> (..., C). Each position has a mean a
                 "The variance is a mean of C squares: divided by C. torch.var divides by C - 1 unless it is told "
                 "otherwise.",
                 "eps stands under the root, beside the variance.",
-                "centered = x - x.mean(-1, keepdim=True); variance = centered.square().mean(-1, keepdim=True); the rest "
-                "is the third line of the formula.",
-                "Backward: with xhat = (x - mean) / sqrt(variance + eps), out = xhat * weight + bias. So dweight is the "
-                "sum over all positions of dout * xhat, and dbias that of dout.",
+                "centered = x - x.mean(-1, keepdim=True); variance = centered.square().mean(-1, keepdim=True); the "
+                "rest is the third line of the formula.",
+                "Backward: with xhat = (x - mean) / sqrt(variance + eps), out = xhat * weight + bias. So dweight is "
+                "the sum over all positions of dout * xhat, and dbias that of dout.",
                 "Backward: x reaches the result by three ways: directly, through the mean, through the variance. With "
                 "g = dout * weight: dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(variance + eps).",
             ),
@@ -151,8 +151,8 @@ applied to a number of the product as soon as that number is there, and not in a
                 "Get it right first: linear, then gelu on its result.",
                 "To fuse: compute a row, or a block, of the product, add the bias, apply gelu while the block is still "
                 "in the processor's cache, then go to the next. In C++ that is one line inside the loop.",
-                "Backward: call u the result of linear, before gelu. du = dout * gelu'(u); with du in dout's place, the "
-                "rest is linear's backward. gelu' is taken at u, not at the result.",
+                "Backward: call u the result of linear, before gelu. du = dout * gelu'(u); with du in dout's place, "
+                "the rest is linear's backward. gelu' is taken at u, not at the result.",
                 "Backward: u is not given. Either compute it again, or store it in the forward.",
             ),
             (
@@ -218,8 +218,8 @@ hidden (B, T, C), weight (V, C), targets (B, T) integers -> one number. exp must
 m + log(sum(exp(logit - m))) with m the largest logit (torch.logsumexp does that).""",
             (
                 "logits = hidden @ weight.T is (B, T, V). logits.logsumexp(-1) is (B, T).",
-                "The logit of the target: logits.gather(-1, index) with index of shape (B, T, 1). -1 is no index: put 0 "
-                "there first, torch.where(targets != -1, targets, 0), and drop the result afterwards.",
+                "The logit of the target: logits.gather(-1, index) with index of shape (B, T, 1). -1 is no index: put "
+                "0 there first, torch.where(targets != -1, targets, 0), and drop the result afterwards.",
                 "The mean divides by the number of targets that count: (targets != -1).sum(), not by B * T.",
                 "Backward, for a position that counts: dlogit[v] = (softmax(logit)[v] - (1 if v is the target else 0)) "
                 "/ count * dout. For -1: zeros.",
@@ -258,8 +258,8 @@ Shapes: logits (B, V) -> tokens (B, 1), int64. rng is a random.Random.""",
                 "to. stable=True keeps equals in order.",
                 "Softmax: subtract a row's largest logit before dividing by the temperature, or exp overflows; "
                 ".double() makes it float64.",
-                "The sum of those before: probs.cumsum(-1) minus the token's own, or the sums shifted by one place. The "
-                "first token is never dropped: before it there is nothing.",
+                "The sum of those before: probs.cumsum(-1) minus the token's own, or the sums shifted by one place. "
+                "The first token is never dropped: before it there is nothing.",
                 "torch.searchsorted(sums, u, right=True) finds the first sum larger than u; tokens.gather(-1, place) "
                 "turns the place into a token.",
             ),
@@ -267,8 +267,8 @@ Shapes: logits (B, V) -> tokens (B, 1), int64. rng is a random.Random.""",
                 "int64_t sample(const float* logits, int64_t V, double temperature, int64_t top_k, double top_p, "
                 "double u)",
             ),
-            """One row of V logits -> the token. u is the random number, 0 <= u < 1; multiply it by the sum that is left.
-top_k is V and top_p is 2 where there is no limit.""",
+            """One row of V logits -> the token. u is the random number, 0 <= u < 1; multiply it by the sum that is
+left. top_k is V and top_p is 2 where there is no limit.""",
             ("sample",),
         ),
         Exercise(
@@ -285,8 +285,8 @@ which see all positions before them, those of earlier pieces too:
 However a sequence is cut, the results side by side are those of one pass. Shapes: qkv (B, t, 3C) -> (B, t, C), with t
 new positions. Each layer has a cache of its own, and a new text a new one.""",
             (
-                "Keep k and v in self, None at first; torch.cat((self.k, k), dim=...) along positions puts the new ones "
-                "after the old. Queries need not be kept: nobody asks them again.",
+                "Keep k and v in self, None at first; torch.cat((self.k, k), dim=...) along positions puts the new "
+                "ones after the old. Queries need not be kept: nobody asks them again.",
                 "The mask: with Tq queries and Tk keys the queries are the last Tq of Tk positions. "
                 "torch.ones(Tq, Tk, dtype=torch.bool).triu(Tk - Tq + 1) is True where the key comes after the query.",
                 "With one new position there is nothing to hide. With several, within the piece there is.",
@@ -295,8 +295,8 @@ new positions. Each layer has a cache of its own, and a new text a new one.""",
                 "void cached_attention(const float* qkv, float* keys, float* values, float* out, int64_t B, int64_t t, "
                 "int64_t past, int64_t room, int64_t H, int64_t D)",
             ),
-            """qkv is B x t x 3 H D and out B x t x H D, as in attention. keys and values are yours: B x room x H D each;
-what you write there is still there at the next call. past positions came before; past + t <= room.""",
+            """qkv is B x t x 3 H D and out B x t x H D, as in attention. keys and values are yours: B x room x H D
+each; what you write there is still there at the next call. past positions came before; past + t <= room.""",
             ("KVCache", "attend"),
         ),
     )

@@ -1,7 +1,7 @@
 """Known wrong formulas: a learner's result that equals one of them, within its own rounding, has that mistake.
 
-WRONG[exercise] is {the mistake, and what is right: the wrong formula}. A mistake in the forward is written as it would be
-made; autograd finds the gradients that go with it. A mistake in the backward alone is a formula with the right values
+WRONG[exercise] is {the mistake, and what is right: the wrong formula}. A mistake in the forward is written as it would
+be made; autograd finds the gradients that go with it. A mistake in the backward alone is a formula with the right values
 and a wrong gradient: x.detach() stops a gradient, `slope` changes one.
 """
 
@@ -264,7 +264,9 @@ LAYER_NORM = {
     "the variance is divided by C - 1, and eps stands outside the root; it is C, and sqrt(variance + eps)": (
         norm(unbiased_outside)
     ),
-    "eps is missing, or so small that it does nothing; it is sqrt(variance + eps)": norm(lambda c, v: c / torch.sqrt(v)),
+    "eps is missing, or so small that it does nothing; it is sqrt(variance + eps)": norm(
+        lambda c, v: c / torch.sqrt(v)
+    ),
     "eps is 1e-6; GPT-2's is 1e-5": with_eps(1e-6),
     "eps is 1e-8; GPT-2's is 1e-5": with_eps(1e-8),
     "eps is 1e-4; GPT-2's is 1e-5": with_eps(1e-4),
@@ -317,8 +319,7 @@ LAYER_NORM = {
     ),
     "dweight is the sum of dout * (x - mean); it is that of dout * xhat": (
         lambda x, weight, bias: (
-            gpt.layer_norm(x, weight.detach(), bias)
-            + (x - x.mean(-1, keepdim=True)).detach() * change(weight)
+            gpt.layer_norm(x, weight.detach(), bias) + (x - x.mean(-1, keepdim=True)).detach() * change(weight)
         )
     ),
     "dweight is the mean over the positions; it is the sum": (
@@ -359,6 +360,10 @@ def direct_way(x, weight):
 # ------------------------------------------------------------------------------------------------- linear_gelu
 
 
+def fused(linear, gelu):
+    return lambda x, weight, bias=None: gelu(linear(x, weight, bias))
+
+
 def slope_at_result(x, weight, bias=None):
     """The right values; gelu' is taken at gelu's result."""
     u = gpt.linear(x, weight, bias)
@@ -379,16 +384,11 @@ LINEAR_GELU = {
     "gelu is applied twice": lambda x, weight, bias=None: gpt.gelu(gpt.linear_gelu(x, weight, bias)),
     "the slope of gelu is taken at its result; it is taken at its input, linear's result": slope_at_result,
     "the backward lacks the slope of gelu: it is that of linear alone": (
-        lambda x, weight, bias=None: (
-            gpt.linear_gelu(x, weight, bias).detach() + change(gpt.linear(x, weight, bias))
-        )
+        lambda x, weight, bias=None: gpt.linear_gelu(x, weight, bias).detach() + change(gpt.linear(x, weight, bias))
     ),
+    **{what: fused(linear, gpt.gelu) for what, linear in LINEAR.items()},
     **{
-        what: (lambda linear: lambda x, weight, bias=None: gpt.gelu(linear(x, weight, bias)))(linear)
-        for what, linear in LINEAR.items()
-    },
-    **{
-        what: (lambda gelu: lambda x, weight, bias=None: gelu(gpt.linear(x, weight, bias)))(gelu)
+        what: fused(gpt.linear, gelu)
         for what, gelu in GELU.items()
         if not what.startswith("dx has the wrong sign") and not what.startswith("dx is zero")
     },
@@ -401,6 +401,9 @@ def softmax_over(dim):
     return lambda scores, hidden: torch.softmax(scores.masked_fill(hidden, -math.inf), dim)
 
 
+keys_softmax = softmax_over(-1)
+
+
 def filled(value):
     return lambda scores, hidden: torch.softmax(scores.masked_fill(hidden, value), -1)
 
@@ -409,7 +412,7 @@ def attention_with(
     split=gpt.split_heads,
     scale=lambda D, C: math.sqrt(D),
     hidden=lambda query, key: key > query,
-    weigh=softmax_over(-1),
+    weigh=keys_softmax,
     merge=gpt.merge_heads,
     mean=lambda weights, v: weights @ v,
 ):
@@ -492,7 +495,7 @@ def transposed_weights(weights, v):
 
 
 ATTENTION = {
-    "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0), whose first row is NaN": (
+    "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0) (NaN)": (
         attention_with(hidden=lambda query, key: key >= query)
     ),
     "the mask hides the position itself; a position sees itself and all before: triu(1), not triu(0)": (
@@ -710,8 +713,8 @@ LM_LOSS = {
     "the softmax is applied twice: the loss takes logits, not probabilities": (
         of_logits(lambda logits: torch.softmax(logits, -1))
     ),
-    "the logits are divided by sqrt(C)": lambda hidden, weight, targets: (
-        gpt.lm_loss(hidden / math.sqrt(hidden.shape[-1]), weight, targets)
+    "the logits are divided by sqrt(C)": lambda hidden, weight, targets: gpt.lm_loss(
+        hidden / math.sqrt(hidden.shape[-1]), weight, targets
     ),
     "the softmax runs over the positions; it runs over the tokens": (
         lambda hidden, weight, targets: loss_over_positions(hidden, weight, targets)
@@ -725,14 +728,10 @@ LM_LOSS = {
         lambda hidden, weight, targets: target_alone(hidden, weight, targets)
     ),
     "the largest logit stands for log(sum(exp(logit)))": (
-        lambda hidden, weight, targets: (
-            target_alone(hidden, weight, targets) + largest_alone(hidden, weight, targets)
-        )
+        lambda hidden, weight, targets: target_alone(hidden, weight, targets) + largest_alone(hidden, weight, targets)
     ),
     "the largest logit is subtracted and not added again": (
-        lambda hidden, weight, targets: (
-            gpt.lm_loss(hidden, weight, targets) - largest_alone(hidden, weight, targets)
-        )
+        lambda hidden, weight, targets: gpt.lm_loss(hidden, weight, targets) - largest_alone(hidden, weight, targets)
     ),
     "this is the mean of p(target); it is the mean of -log p(target)": (
         mean_with(lambda nll, keep: kept(torch.exp(-nll), keep).sum() / keep.sum())

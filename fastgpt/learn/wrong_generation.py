@@ -146,7 +146,9 @@ SAMPLING = {
         sampler(order=equals_backwards)
     ),
     "the tokens are ordered from the smallest logit to the largest; it is the other way": (
-        sampler(order=lambda logits: logits.sort(dim=-1, stable=True), weigh=lambda x, t: torch.softmax(x.double() / t, -1))
+        sampler(
+            order=lambda logits: logits.sort(dim=-1, stable=True), weigh=lambda x, t: torch.softmax(x.double() / t, -1)
+        )
     ),
     "the running sum follows the tokens' numbers; it goes from the most likely token to the least": (
         by_token(right_probs)
@@ -184,9 +186,7 @@ SAMPLING = {
     "the random number is not multiplied by the sum that is left after top_p": (
         sampler(scale=lambda probs: torch.ones_like(probs[:, :1]))
     ),
-    "all rows share one random number; each row has its own": (
-        sampler(draw=lambda rng, B: [rng.random()] * B)
-    ),
+    "all rows share one random number; each row has its own": (sampler(draw=lambda rng, B: [rng.random()] * B)),
     "the rows take their random numbers in the wrong order: the first row first": (
         sampler(draw=lambda rng, B: [rng.random() for _ in range(B)][::-1])
     ),
@@ -224,6 +224,21 @@ def cache(
         return torch.cat(results, 1)
 
     return pieces
+
+
+def kept_too_late(qkv, n_head, cuts):
+    k = v = None
+    results = []
+    for piece in qkv.split(list(cuts), dim=1):
+        q, new_k, new_v = gpt.split_heads(piece, n_head)
+        if k is None:
+            results.append(gpt.attention(piece, n_head))
+            k, v = new_k, new_v
+        else:
+            weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), -1)
+            results.append(gpt.merge_heads(weights @ v))
+            k, v = torch.cat((k, new_k), 2), torch.cat((v, new_v), 2)
+    return torch.cat(results, 1)
 
 
 def only_new(old, new):
@@ -270,6 +285,12 @@ KV_CACHE = {
     "the cache is stale: new keys and values are not kept, each piece sees those of the first": (
         cache(append=stale, hidden=lambda Tq, Tk: None if Tq != Tk else queries_from_0(Tq, Tk))
     ),
+    "the cache is stale: new keys and values are not kept, so that some new queries find none (NaN)": (
+        cache(append=stale)
+    ),
+    "new keys and values are kept after attending, not before: a later piece sees the past and not itself": (
+        kept_too_late
+    ),
     "new keys and values are written over the oldest, from position 0 on; they come after the past": (
         cache(append=over_the_start)
     ),
@@ -292,6 +313,11 @@ KV_CACHE = {
         cache(hidden=lambda Tq, Tk: torch.ones(Tq, Tk, dtype=torch.bool).triu(Tk - Tq + 2))
     ),
     "the scores are not divided by sqrt(D)": lambda qkv, n_head, cuts: cache()(
-        torch.cat((qkv[..., : qkv.shape[-1] // 3] * math.sqrt(qkv.shape[-1] // 3 // n_head),
-                   qkv[..., qkv.shape[-1] // 3 :]), -1), n_head, cuts),
+        torch.cat(
+            (qkv[..., : qkv.shape[-1] // 3] * math.sqrt(qkv.shape[-1] // 3 // n_head), qkv[..., qkv.shape[-1] // 3 :]),
+            -1,
+        ),
+        n_head,
+        cuts,
+    ),
 }
