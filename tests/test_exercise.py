@@ -12,7 +12,7 @@ import torch
 
 import fastgpt
 import gpt
-from fastgpt.learn import exercise, judge, native, sandbox, tasks
+from fastgpt.learn import exercise, judge, judge_generation, native, sandbox, tasks
 from fastgpt.learn.tasks import EXERCISES
 from fastgpt.learn.wrong import WRONG
 from fastgpt.learn.wrong_generation import KV_CACHE, SAMPLING
@@ -100,7 +100,7 @@ def test_each_known_mistake_is_named(name):
 @pytest.mark.slow
 def test_each_known_mistake_of_sampling_is_named():
     for title, sample in SAMPLING.items():
-        verdict = judge.judge_sampling(Inside(sample=sample))
+        verdict = judge_generation.judge_sampling(Inside(sample=sample))
         assert not verdict.ok and verdict.mistake == [f"The mistake: {title}."], title
 
 
@@ -122,7 +122,7 @@ def cache_of(pieces):
 @pytest.mark.slow
 def test_each_known_mistake_of_the_kv_cache_is_named():
     for title, pieces in KV_CACHE.items():
-        verdict = judge.judge_cache(Inside(KVCache=cache_of(pieces)))
+        verdict = judge_generation.judge_cache(Inside(KVCache=cache_of(pieces)))
         assert not verdict.ok and verdict.mistake == [f"The mistake: {title}."], title
 
 

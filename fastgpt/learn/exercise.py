@@ -25,7 +25,7 @@ import torch
 import gpt
 
 from .. import bench, check, ops
-from . import judge, native, tasks
+from . import judge, judge_generation, native, tasks
 from .sandbox import SECONDS, Broken, Sandbox, import_file, with_backward
 from .tasks import EXERCISES
 
@@ -145,9 +145,9 @@ def opened(path, seconds=SECONDS):
 def judge_exercise(sandbox, name, names):
     """The verdict on one of the exercises in a sandbox's file, which defines these names."""
     if name == "sampling":
-        return judge.judge_sampling(sandbox)
+        return judge_generation.judge_sampling(sandbox)
     if name == "kv-cache":
-        return judge.judge_cache(sandbox)
+        return judge_generation.judge_cache(sandbox)
     return judge.judge_formula(sandbox, name, f"{EXERCISES[name].function}_backward" in names)
 
 
