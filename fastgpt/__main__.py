@@ -16,7 +16,7 @@ import torch
 import gpt
 
 from . import _kernels, bench, check, ops
-from .learn import cost
+from .learn import cost, exercise
 
 
 def info():
@@ -119,6 +119,7 @@ COMMANDS = {
     "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
+    "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "train": ("train a model on a text", on_kernels("train")),
     "generate": ("continue a prompt", on_kernels("generate")),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
