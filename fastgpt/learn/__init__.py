@@ -1,0 +1,1 @@
+"""Learn by doing: climb, write, open, break, price."""
