@@ -371,3 +371,71 @@ def look(models, text, tokenizer=None):
             checkpoints=checkpoints,
         )
     )
+
+
+def encode(text, tokenizer, config):
+    """-> (T) int64"""
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(
+            f"look: tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, expected at most the model's "
+            f"{config.vocab_size}"
+        )
+    if not text:
+        raise ValueError("look: text is empty, expected at least one token")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"look: text is not valid Unicode ({error.reason})") from error
+    ids = tokenizer.encode(text, allowed_special="all")
+    if len(ids) > config.block_size:
+        raise ValueError(f"look: text has {len(ids)} tokens, expected at most the model's context of {config.block_size}")
+    return torch.tensor(ids)
+
+
+def expect_fits(config, T, n):
+    """Attention weights are nearly all of a page: n_layer n_head T (T + 1) / 2 of each checkpoint, in 8/3 bytes each."""
+    each = config.n_layer * config.n_head * n * 8 / 3e6
+    if each * T * (T + 1) / 2 > LARGEST:
+        fits = int(((8 * LARGEST / each + 1) ** 0.5 - 1) / 2)
+        raise ValueError(
+            f"look: text has {T} tokens, whose attention weights in {n} checkpoint{'s' * (n > 1)} take "
+            f"{each * T * (T + 1) / 2:.0f} MB, expected at most {LARGEST}: {fits} tokens, or fewer checkpoints"
+        )
+
+
+def find_checkpoints(named):
+    """Replace a folder that holds step-N folders by those, in order, and by its own weights, if it has any."""
+    for name, source in named:
+        if isinstance(source, gpt.GPT) or not os.path.isdir(source):
+            yield name, source
+            continue
+        steps = [(int(found[1]), path) for path in Path(source).iterdir() if (found := re.fullmatch(r"step-(\d+)", path.name))]
+        for step, path in sorted(steps):
+            yield (f"{path.name}" if len(named) == 1 else str(path)), str(path)
+        if not steps or os.path.exists(os.path.join(source, "model.safetensors")):
+            yield name, source
+
+
+def write_whole(path, text):
+    """Write a file of ours: whole, or not at all. Another file of that name is not touched."""
+    expect_ours(path)
+    temporary = f"{path}.tmp"
+    try:
+        Path(temporary).write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def expect_ours(path):
+    """Find out now, and not after the work, that a file must not or cannot be written."""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if OURS.encode() not in file.read(200):
+                raise ValueError(f"look: {path} exists and is no page of fastgpt look, expected another name")
+    else:
+        Path(path).touch()
+        os.remove(path)
+
+
+# ------------------------------------------------------------------------------------------------ The command line
