@@ -16,6 +16,7 @@ import torch
 import gpt
 
 from . import _kernels, bench, check, ops
+from .learn import look
 
 
 def info():
@@ -119,6 +120,7 @@ COMMANDS = {
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
     "train": ("train a model on a text", on_kernels("train")),
     "generate": ("continue a prompt", on_kernels("generate")),
+    "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
 }
 

@@ -1,18 +1,18 @@
 """`fastgpt look`: open a model and see what happens in it while it reads a text.
 
-Writes one page that needs no network; `--json` gives its numbers, `look()` shows it in a notebook. What is computed, for
-a text of T tokens, with layers and heads counted from 0 as in model.h:
+Writes one page that needs no network; `--json` gives its numbers; look() shows the page in a notebook. What is computed
+for a text of T tokens, with layers and heads counted from 0 as in model.h:
 
   loss        of each token but the first: -log of the probability that the model gave it, in nats
-  lens        the logit lens (nostalgebraist 2020): ln_f and wte.T, which make logits of the last stream, applied to the
+  lens        the logit lens (nostalgebraist 2020): ln_f and wte, which make logits of the last stream, applied to the
               residual stream after the embedding, after each attention and after each MLP
   attention   the weights of each head: row i holds what position i gives to the positions 0 to i, and sums to 1
-  cost        of a part: the mean loss with the part switched off, less the mean loss, in nats a token. Switched off means
-              that it writes zeros to the stream: an attention or an MLP with its bias, a head without (c_proj's bias is
-              of all heads). Always one part alone; two together need not cost the sum
+  cost        of a part: the mean loss with the part switched off, less the mean loss, in nats a token. Off means it adds
+              zeros to the stream: an attention or an MLP with its bias; a head without one, as c_proj's bias is of
+              all heads. Always one part alone: two together need not cost the sum
   scores      of a head: its weight on keys of one kind, as a mean over the positions that have such keys.
               previous: the token before. first: the first token (positions from 1). same: earlier copies of the token
-              ("duplicate token heads", Wang et al. 2022). induction: tokens that came right after an earlier copy
+              ("duplicate token heads", Wang et al. 2022). induction: earlier tokens that came right after a copy
               ("prefix matching", Olsson et al. 2022). `uniform` is what equal weights would score on this text; a
               head's mark is the score that is furthest above it, by MARKED at least
   writes      the length (L2 norm) of what each part adds to the stream at each position; a head's is its share of
@@ -46,6 +46,7 @@ TEXT = "To be, or not to be, that is the question. To be, or not to be"
 TOP = 5  # tokens that the lens shows, most probable first
 NEIGHBOURS = 8
 MARKED = 0.2  # how far a head's score is above that of equal weights, if the head gets the mark
+LETTERS, LENGTHS, COPIES = "abcdefghijklmnopqrstuvwxyz", (4, 14), 3  # of the strings that repeat
 LARGEST = 16  # megabytes of attention weights that a page may hold
 OURS = "<!-- written by fastgpt look -->"
 
@@ -191,7 +192,7 @@ def examine(model, tokens, name):
         if not flow.logits.isfinite().all():
             raise ValueError(f"look: the logits of {name} are not finite; are the weights damaged, or diverged?")
         loss, off = token_losses(flow.logits, tokens), losses_off(model, tokens, name)
-        T, x = len(tokens), flow.streams[0]
+        T = len(tokens)
         checkpoint = dict(
             name=name,
             loss=loss.tolist(),
@@ -261,7 +262,10 @@ def lens_row(logits, tokens):
     top = probs.topk(min(TOP, probs.shape[1]), dim=-1)
     came = probs[:-1].gather(-1, tokens[1:, None])  # (T - 1, 1)
     rank = (probs[:-1] > came).sum(-1) + 1
-    return dict(top=top.indices.tolist(), top_p=top.values.tolist(), p=came[:, 0].tolist(), rank=rank.tolist())
+    loss = token_losses(logits, tokens).mean().item() if len(tokens) > 1 else None
+    return dict(
+        loss=loss, top=top.indices.tolist(), top_p=top.values.tolist(), p=came[:, 0].tolist(), rank=rank.tolist()
+    )
 
 
 def lengths(x):
@@ -303,7 +307,8 @@ class Page:
         return json.dumps(rounded(self.numbers, 8))
 
     def save(self, path):
-        """Write the page. The file is then the whole page, or what it was before."""
+        """Write the page: whole, or not at all, and never over a file that is no such page."""
+        expect_ours(path)
         write_whole(path, self.html)
 
     def _repr_html_(self):
@@ -388,12 +393,14 @@ def encode(text, tokenizer, config):
         raise ValueError(f"look: text is not valid Unicode ({error.reason})") from error
     ids = tokenizer.encode(text, allowed_special="all")
     if len(ids) > config.block_size:
-        raise ValueError(f"look: text has {len(ids)} tokens, expected at most the model's context of {config.block_size}")
+        raise ValueError(
+            f"look: text has {len(ids)} tokens, expected at most the model's context of {config.block_size}"
+        )
     return torch.tensor(ids)
 
 
 def expect_fits(config, T, n):
-    """Attention weights are nearly all of a page: n_layer n_head T (T + 1) / 2 of each checkpoint, in 8/3 bytes each."""
+    """Attention weights are most of a page: n_layer n_head T (T + 1) / 2 of each checkpoint, at 8/3 bytes."""
     each = config.n_layer * config.n_head * n * 8 / 3e6
     if each * T * (T + 1) / 2 > LARGEST:
         fits = int(((8 * LARGEST / each + 1) ** 0.5 - 1) / 2)
@@ -409,16 +416,15 @@ def find_checkpoints(named):
         if isinstance(source, gpt.GPT) or not os.path.isdir(source):
             yield name, source
             continue
-        steps = [(int(found[1]), path) for path in Path(source).iterdir() if (found := re.fullmatch(r"step-(\d+)", path.name))]
-        for step, path in sorted(steps):
-            yield (f"{path.name}" if len(named) == 1 else str(path)), str(path)
+        steps = [path for path in Path(source).iterdir() if re.fullmatch(r"step-\d+", path.name)]
+        for path in sorted(steps, key=lambda path: int(path.name[5:])):
+            yield (path.name if len(named) == 1 else str(path)), str(path)
         if not steps or os.path.exists(os.path.join(source, "model.safetensors")):
             yield name, source
 
 
 def write_whole(path, text):
-    """Write a file of ours: whole, or not at all. Another file of that name is not touched."""
-    expect_ours(path)
+    """The file is then all of the text, or what it was before."""
     temporary = f"{path}.tmp"
     try:
         Path(temporary).write_text(text, encoding="utf-8")
@@ -438,4 +444,80 @@ def expect_ours(path):
         os.remove(path)
 
 
+# ---------------------------------------------------------------------------------------- A model to look into
+
+
+def repeats(n, seed):
+    """At least n characters: strings of random letters, each COPIES times. Only looking back tells what comes next."""
+    rng, text = random.Random(seed), ""
+    while len(text) < n:
+        text += "".join(rng.choices(LETTERS, k=rng.randint(*LENGTHS))) * COPIES
+    return text
+
+
+def train_on_repeats(out, seed=1, steps=1000, every=100):
+    """Train two layers of two heads on repeats(), with a checkpoint in out/step-N each `every` steps. -> the model"""
+    if os.path.exists(out) and os.listdir(out):
+        raise ValueError(f"look: {out} exists and is not empty: open it with --model, or take another folder")
+    tokenizer = gpt.get_tokenizer("bytes")
+    tokens = np.array(tokenizer.encode(repeats(500_000, seed)), np.uint16)
+    config = gpt.TrainConfig(
+        n_layer=2, n_head=2, n_embd=128, block_size=32, batch_size=32, steps=steps, lr=3e-3, seed=seed
+    )
+    torch.manual_seed(seed)
+    sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size, tokenizer.n_vocab)
+    model = gpt.GPT(gpt.GPTConfig(*sizes), ops)
+    optimizer = gpt.make_optimizer(model, config.lr, config.beta2, config.weight_decay)
+    for step in range(steps + 1):
+        if step % every == 0 or step == steps:
+            model.save_pretrained(os.path.join(out, f"step-{step}"), tokenizer=tokenizer.name)
+        if step < steps:
+            loss = gpt.train_step(model, optimizer, tokens, step, config)
+            gpt.progress(f"step {step + 1} of {steps}: loss {loss:.3f}")
+    gpt.progress("")
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ The command line
+
+
+def main(argv=None):
+    """The command line: writes a page, or prints its numbers. -> the status"""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt look",
+        description="Open a model: a page that shows what happens in it while it reads a text.",
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        metavar="DIR",
+        help="folder with a checkpoint or with folders step-N, or gpt2, ...; several times for several checkpoints of "
+        "one run (default: out)",
+    )
+    add("--text", metavar="TEXT", help=f"what it reads (default: {TEXT!r})")
+    add("--tokenizer", choices=("bytes", "gpt2"), help="if the model names none (default: gpt2)")
+    add("--out", metavar="FILE", help="the page (default: look.html)")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write the numbers here; without FILE, print them")
+    add("--repeats", metavar="DIR", help="first train a small model on strings that repeat, into DIR/step-N; 2 minutes")
+    args = parser.parse_args(argv)
+    out = args.out or (None if args.json else "look.html")
+    if out:
+        expect_ours(out)
+    if args.repeats:
+        if args.model:
+            raise ValueError("look: --model and --repeats are both given, expected one of them")
+        train_on_repeats(args.repeats)
+    text = args.text if args.text is not None else repeats(1, seed=7) if args.repeats else TEXT
+    models = args.model or [args.repeats or "out"]
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"fastgpt look: {message}", file=sys.stderr)
+        page = look(models, text, args.tokenizer)
+    if args.json == "-":
+        print(page.json)
+    elif args.json:
+        write_whole(args.json, page.json + "\n")
+    if out:
+        page.save(out)
+        print(f"{out}: {len(page.html.encode()) / 1e6:.2f} MB; open it in a browser", file=sys.stderr)
+    return 0
