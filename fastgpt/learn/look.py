@@ -7,7 +7,7 @@ for a text of T tokens, with layers and heads counted from 0 as in model.h:
   lens        the logit lens (nostalgebraist 2020): ln_f and wte, which make logits of the last stream, applied to the
               residual stream after the embedding, after each attention and after each MLP
   attention   the weights of each head: row i holds what position i gives to the positions 0 to i, and sums to 1
-  cost        of a part: the mean loss with the part switched off, less the mean loss, in nats a token. Off means it adds
+  cost        of a part: the mean loss with the part switched off, less the mean loss, in nats a token. Off: it adds
               zeros to the stream: an attention or an MLP with its bias; a head without one, as c_proj's bias is of
               all heads. Always one part alone: two together need not cost the sum
   scores      of a head: its weight on keys of one kind, as a mean over the positions that have such keys.
