@@ -16,7 +16,7 @@ import torch
 import gpt
 
 from . import _kernels, bench, check, ops
-from .learn import cost, exercise
+from .learn import cost, exercise, look
 
 
 def info():
@@ -122,6 +122,7 @@ COMMANDS = {
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "train": ("train a model on a text", on_kernels("train")),
     "generate": ("continue a prompt", on_kernels("generate")),
+    "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
 }
 
