@@ -16,6 +16,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 // Vectors wider than the baseline's change how they would be passed between functions; here, they never are.
@@ -118,7 +120,7 @@ namespace amx { // AVX-512, and matrix products on AMX
 
 // clang-format off
 #define FASTGPT_TABLE(isa, runs_here) \
-    {#isa, [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::fma_work, isa::read_work}
+    {#isa, [] { return bool(runs_here); }, isa::kernels_for<float>, isa::kernels_for<double>, isa::decoder_kernels, isa::fma_work, isa::read_work}
 // clang-format on
 
 static const Kernels tables[] = {
@@ -154,10 +156,11 @@ namespace FASTGPT_ISA_NAME {
 } // namespace FASTGPT_ISA_NAME
 static const Kernels tables[] = {
 #if defined(__aarch64__)
-    {"neon", [] { return true; }, neon::kernels_for<float>, neon::kernels_for<double>, neon::fma_work, neon::read_work},
+    {"neon", [] { return true; }, neon::kernels_for<float>, neon::kernels_for<double>, neon::decoder_kernels,
+     neon::fma_work, neon::read_work},
 #else
-    {"generic", [] { return true; }, generic::kernels_for<float>, generic::kernels_for<double>, generic::fma_work,
-     generic::read_work},
+    {"generic", [] { return true; }, generic::kernels_for<float>, generic::kernels_for<double>,
+     generic::decoder_kernels, generic::fma_work, generic::read_work},
 #endif
 };
 } // namespace fastgpt
@@ -165,6 +168,18 @@ static const Kernels tables[] = {
 #endif
 
 namespace fastgpt {
+static bool dot_products_are_here() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1; // HWCAP_ASIMDDP
+#else
+    return true; // every ARM processor that macOS runs on
+#endif
+}
+bool has_dot_products = dot_products_are_here();
+
 const Kernels* const kernels_begin = tables;
 const Kernels* const kernels_end = tables + sizeof tables / sizeof tables[0];
 } // namespace fastgpt

@@ -87,9 +87,10 @@ template <class T> struct Fma {
     }
 };
 
-template <class T> struct EngineFor { using type = Fma<T>; };
 #ifdef FASTGPT_AMX
-template <> struct EngineFor<float> { using type = Amx; };
+template <class T> using EngineFor = std::conditional_t<std::is_same_v<T, float>, Amx, Fma<T>>;
+#else
+template <class T> using EngineFor = Fma<T>;
 #endif
 
 // The last step of a tile at C[at]: bias, and gelu where it follows.
@@ -158,8 +159,7 @@ template <class Engine, class T> FASTGPT_NOINLINE void add_terms(const Product<T
     }
 }
 
-template <class T> void matmul(const Product<T>& p) {
-    using Engine = typename EngineFor<T>::type;
+template <class T, class Engine = EngineFor<T>> void matmul(const Product<T>& p) {
     const int workers = num_threads();
     const Blocks<Engine> blocks(p.M, p.N, workers);
     const long terms = p.K < Engine::KC ? p.K : Engine::KC; // at a time
