@@ -26,8 +26,9 @@
 // Compiled once for each instruction set.
 
 constexpr long LANES = 16, CELL = 64, GROUP = 32; // rows of a strip; bytes; k that share a scale
-constexpr float smallest = 1e-30f;                // magnitude that int4's scales, and those of x, tell from 0
-constexpr int REGISTERS = CELL / vector_bytes;    // of a cell
+constexpr long ahead_bytes = 4096; // prefetched: several rows of x slow the reads, and then memory's time shows
+constexpr float smallest = 1e-30f; // magnitude that int4's scales, and those of x, tell from 0
+constexpr int REGISTERS = CELL / vector_bytes; // of a cell
 
 using words = simd<float>::bits;
 
@@ -86,6 +87,8 @@ struct Float32 {
         for (long k = 0; k < K; k += 2, w += 2 * CELL)
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
+                __builtin_prefetch(w + ahead_bytes + r * vector_bytes);
+                __builtin_prefetch(w + ahead_bytes + CELL + r * vector_bytes);
                 const vec<float> w0 = read<vec<float>>(w + r * vector_bytes);
                 const vec<float> w1 = read<vec<float>>(w + r * vector_bytes + CELL);
 #pragma GCC unroll 8
@@ -131,6 +134,7 @@ struct BFloat16 {
         for (long k = 0; k < K; k += 2, w += CELL)
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
+                __builtin_prefetch(w + ahead_bytes + r * vector_bytes);
                 const words pair = read<words>(w + r * vector_bytes);
                 const vec<float> w0 = as_float(pair << 16), w1 = as_float(pair & 0xFFFF0000u);
 #pragma GCC unroll 8
@@ -186,6 +190,7 @@ struct Int8 {
         for (long k = 0; k < K; k += 4, w += CELL)
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
+                __builtin_prefetch(w + ahead_bytes + r * vector_bytes);
                 const words four = read<words>(w + r * vector_bytes);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
@@ -335,7 +340,9 @@ template <class Dot> struct Int4 {
                 for (int c = 0; c < 4; c++)
 #pragma GCC unroll 4
                     for (int r = 0; r < REGISTERS; r++) {
-                        const words v = read<words>(w + (1 + 4 * half + c) * CELL + r * vector_bytes);
+                        const char* at = w + (1 + 4 * half + c) * CELL + r * vector_bytes;
+                        __builtin_prefetch(at + ahead_bytes);
+                        const words v = read<words>(at);
                         const words low = v & 0x0F0F0F0Fu, high = v >> 4 & 0x0F0F0F0Fu;
 #pragma GCC unroll 8
                         for (int b = 0; b < B; b++)

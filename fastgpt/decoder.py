@@ -74,10 +74,11 @@ class Decoder:
         def tokens():
             if not max_new_tokens:
                 return
+            new = None
             with self.sequences(prompts, max_new_tokens) as sequences:
-                for i in range(max_new_tokens):
+                for _ in range(max_new_tokens):
                     with self.alone():
-                        logits = sequences.append(new) if i else sequences.start()
+                        logits = sequences.start() if new is None else sequences.append(new)
                         new = draw(logits)
                         if each:
                             each(logits, new)
