@@ -196,10 +196,11 @@ class Sequences:
         self.window[:, self.length] = tokens
         self.length += 1
         positions = np.full(len(tokens), self.length - 1)
-        self._decode(np.ascontiguousarray(tokens), self.slots, positions, self.logits)
+        self._decode(tokens, self.slots, positions, self.logits)
         return self.logits
 
     def _decode(self, ids, slots, positions, logits):
+        ids = np.ascontiguousarray(ids)
         self.kernel.decode(ids, slots, positions, self.cache, self.decoder.kv_dtype, self.capacity, logits)
 
     def _prefill(self, window, slots, logits, all_logits):

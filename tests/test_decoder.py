@@ -91,7 +91,7 @@ def test_prompts_logits_are_as_exact_as_the_formula(config, dtype, isa):
     assert_as_exact(decoder, decoder.logits(idx), idx)
 
 
-@pytest.mark.parametrize("first", (1, 8, 9))
+@pytest.mark.parametrize("first", (8, 9))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_tokens_logits_are_as_exact_as_the_formula(config, dtype, first, isa):
@@ -99,8 +99,7 @@ def test_tokens_logits_are_as_exact_as_the_formula(config, dtype, first, isa):
     assert_as_exact(decoder, stepwise(decoder, idx, first), idx, slice(first - 1, None))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_int4_without_the_dot_product_instruction(dtype, isa):
+def test_int4_is_the_same_without_the_dot_product_instruction(isa):
     decoder, idx = fastgpt.Decoder(make_model(ODD), "int4"), tokens(ODD, 1, 20)
     before = _kernels.use_dot_products(False)
     try:
@@ -294,6 +293,7 @@ def test_other_formulas_are_refused():
         fastgpt.Decoder(gpt.GPT(ODD, Own))
 
 
+@pytest.mark.slow
 def test_streams_left_in_the_middle_and_many_generations_leak_nothing():
     """10,000 generations of a tiny model, some left in the middle: the process grows by less than 8 MiB."""
     code = """
