@@ -37,7 +37,7 @@ FASTGPT_INLINE long min(long a, long b) { return a < b ? a : b; }
 class ActivationRows {
   public:
     ActivationRows(long n, long K)
-        : n_(n), K_(K), stride_(round_up(K, 2 * GROUP)), x_(1, n * stride_), q_(1, n * stride_),
+        : n_(n), stride_(round_up(K, 2 * GROUP)), x_(1, n * stride_), q_(1, n * stride_),
           scales_(1, n * stride_ / GROUP), sums_(1, n * stride_ / GROUP) {
         for (long b = 0; b < n; b++)
             for (long k = K; k < stride_; k++) (*this)[b][k] = 0;
@@ -55,7 +55,7 @@ class ActivationRows {
     }
 
   private:
-    long n_, K_, stride_;
+    long n_, stride_;
     Scratch<float> x_;
     Scratch<int8_t> q_;
     Scratch<float> scales_, sums_;
@@ -128,7 +128,7 @@ inline CachedHead cached_head(const DecoderModel& m, const DecoderCache& cache, 
             key_strip,     strip_bytes(cache.packing, cache.capacity)};
 }
 
-// y (D) = softmax(q K^T / sqrt(D)) V over T positions. q: D values and zeros to a multiple of 16; p: scratch, T to a
+// y (D) = softmax(q K^T / sqrt(D)) V over T positions. q: D values, and a zero if D is odd; p: scratch, T to a
 // multiple of 16.
 inline FASTGPT_NOINLINE void attend(const CachedHead& head, const float* q, long T, float* p, float* y) {
     const long D = head.D, padded = round_up(T, LANES);

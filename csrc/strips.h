@@ -269,8 +269,8 @@ struct FastDot { // ARM's dot product: four products s8 x s8
     using Sum = mask<float>;
     static FASTGPT_INLINE Sum begin() { return Sum{}; }
     static FASTGPT_INLINE Sum add(Sum sum, words low, words high, const int8_t* q) {
-        __asm__(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(low), "w"(four_bytes(q)));
-        __asm__(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+        __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(low), "w"(four_bytes(q)));
+        __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
                 : "+w"(sum)
                 : "w"(high), "w"(four_bytes(q + 4)));
         return sum;
