@@ -60,6 +60,10 @@ namespace fastgpt::FASTGPT_ISA {
 
 #include "attention.h"
 
+#include "strips.h"
+
+#include "decoder.h"
+
 #include "machine.h"
 
 template <class T> constexpr KernelsFor<T> kernels_for() {
@@ -75,12 +79,15 @@ template <class T> constexpr KernelsFor<T> kernels_for() {
     return k;
 }
 
+constexpr DecoderKernels decoder_kernels = {packed_bytes, pack, unpack, cache_bytes, decode, prefill};
+
 constexpr Kernels all_kernels() {
     Kernels k{};
     k.name = FASTGPT_EXPANDED_STRING(FASTGPT_ISA);
     k.runs_here = runs_here;
     k.f32 = kernels_for<float>();
     k.f64 = kernels_for<double>();
+    k.decoder = decoder_kernels;
     k.fma_work = fma_work;
     k.read_work = read_work;
     return k;

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "sample.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -388,6 +389,10 @@ void attention_backward(const py::array& dout, const py::array& qkv, const py::a
     });
 }
 
+// ------------------------------------------------------------------------------------------------ decoder
+
+#include "decoder_bindings.h"
+
 // ------------------------------------------------------------------------------- instruction set, threads
 
 py::list isas() {
@@ -443,6 +448,8 @@ PYBIND11_MODULE(_kernels, m) {
           arg("out"), arg("stats"));
     m.def("attention_backward", attention_backward, arg("dout"), arg("qkv"), arg("out"), arg("stats"),
           py::arg("n_head"), py::arg("dropout"), py::arg("seed"), arg("dqkv"));
+
+    bind_decoder(m);
 
     m.def("isas", isas, "The instruction sets that this build has and this processor runs, oldest first.");
     m.def(

@@ -16,6 +16,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 // Vectors wider than the baseline's change how they would be passed between functions; here, they never are.
@@ -137,6 +139,17 @@ static constexpr Kernels tables[] = {
     generic::table,
 #endif
 };
+static bool dot_products_are_here() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1; // HWCAP_ASIMDDP
+#else
+    return true; // every ARM processor that macOS runs on
+#endif
+}
+bool has_dot_products = dot_products_are_here();
 
 const Kernels* const kernels_begin = tables;
 const Kernels* const kernels_end = tables + sizeof tables / sizeof tables[0];

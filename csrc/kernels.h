@@ -65,6 +65,47 @@ template <class T> struct MatmulArgs {
     T* activated = nullptr;  // like C, or C itself: then only gelu(C) is kept; or null
 };
 
+// How decoding stores weights: strips.h.
+enum class Packing { float32, bfloat16, int8, int4 };
+
+struct PackedMatrix { // (N, K) in strips of 16 rows
+    Packing packing;
+    int64_t N, K;
+    const char* data;
+    const float* bias; // (N) and zeros to whole strips; or null
+};
+
+// GPT-2's weights for decoding: decoder.h.
+struct DecoderLayer {
+    const float *ln_1_weight, *ln_1_bias;
+    PackedMatrix c_attn; // for each head its rows of q, k and v, padded to whole strips
+    PackedMatrix c_proj;
+    const float *ln_2_weight, *ln_2_bias;
+    PackedMatrix c_fc, mlp_c_proj;
+};
+struct DecoderModel {
+    int64_t n_layer, C, H, V;
+    PackedMatrix wte;
+    const float* wpe; // (block_size, C) and zeros to a multiple of 16
+    const DecoderLayer* layers;
+    const float *ln_f_weight, *ln_f_bias;
+};
+
+// Keys and values of `slots` sequences, each up to `capacity` positions, a multiple of 16.
+struct DecoderCache {
+    Packing packing; // float32 or bfloat16
+    int64_t slots, capacity;
+    char* data;
+};
+
+struct DecoderToken {
+    int64_t id, slot, position;
+};
+struct DecoderPrompt {
+    const int64_t* ids;
+    int64_t T, slot;
+};
+
 struct AttentionShape {
     int64_t B, T, H, D;
     double dropout;
@@ -86,14 +127,28 @@ template <class T> struct KernelsFor {
                                Sequence<const T> out, const T* stats, T* dqkv);
 };
 
+struct DecoderKernels {
+    int64_t (*packed_bytes)(Packing packing, int64_t N, int64_t K);
+    void (*pack)(const float* w, Packing packing, int64_t N, int64_t K, char* to);
+    void (*unpack)(const PackedMatrix& w, float* to);
+    int64_t (*cache_bytes)(const DecoderModel& model, const DecoderCache& cache); // of a slot
+    void (*decode)(const DecoderModel& model, const DecoderCache& cache, const DecoderToken* tokens, int64_t n,
+                   float* logits);
+    void (*prefill)(const DecoderModel& model, const DecoderCache& cache, const DecoderPrompt* prompts, int64_t n,
+                    bool all_logits, float* logits);
+};
+
 struct Kernels {
     const char* name; // as FASTGPT_ISA spells it
     bool (*runs_here)();
     KernelsFor<float> f32;
     KernelsFor<double> f64;
+    DecoderKernels decoder;
     double (*fma_work)(int64_t n); // does n fused multiply-adds a lane; -> their number in all
     double (*read_work)(const float* data, int64_t n, double* out); // sums n floats into *out; -> bytes read
 };
+
+extern bool has_dot_products; // an instruction for int4's products; false does without
 
 extern const Kernels *const kernels_begin, *const kernels_end; // from the oldest instruction set to the newest
 

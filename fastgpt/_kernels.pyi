@@ -1,6 +1,6 @@
 from typing import Any
 
-from numpy import float32, float64, int64
+from numpy import float32, float64, int64, uint8
 from numpy.typing import NDArray
 
 Array = NDArray[float32] | NDArray[float64]
@@ -27,3 +27,45 @@ def use_thread_pool(torch_parallel_for: int, torch_get_num_threads: int) -> None
 def num_threads() -> int: ...
 def fma_work(n: int) -> float: ...
 def read_work(data: NDArray[Any]) -> float: ...
+def packed_bytes(dtype: str, N: int, K: int) -> int: ...
+def pack(weight: NDArray[float32], dtype: str, out: NDArray[uint8]) -> None: ...
+def unpack(packed: NDArray[uint8], dtype: str, out: NDArray[float32]) -> None: ...
+def sample(
+    logits: NDArray[float32], temperature: float, top_k: int, top_p: float, u: NDArray[float64], tokens: NDArray[int64]
+) -> None: ...
+def use_dot_products(use: bool) -> bool: ...
+
+class Decoder:
+    def __init__(
+        self,
+        n_layer: int,
+        n_head: int,
+        n_embd: int,
+        block_size: int,
+        vocab_size: int,
+        dtype: str,
+        head_dtype: str,
+        tensors: list[NDArray[Any]],
+    ) -> None: ...
+    def cache_bytes(self, dtype: str, capacity: int) -> int: ...
+    def decode(
+        self,
+        ids: NDArray[int64],
+        slots: NDArray[int64],
+        positions: NDArray[int64],
+        cache: NDArray[uint8],
+        cache_dtype: str,
+        capacity: int,
+        logits: NDArray[float32],
+    ) -> None: ...
+    def prefill(
+        self,
+        ids: NDArray[int64],
+        lengths: NDArray[int64],
+        slots: NDArray[int64],
+        cache: NDArray[uint8],
+        cache_dtype: str,
+        capacity: int,
+        logits: NDArray[float32],
+        all_logits: bool,
+    ) -> None: ...

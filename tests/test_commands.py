@@ -17,7 +17,7 @@ import fastgpt
 from fastgpt import __main__ as front
 from fastgpt import bench, check
 
-COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "eval")
+COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "quantize", "dequantize", "eval")
 VERSION = f"fastgpt {importlib.metadata.version('fastgpt')}"
 
 
