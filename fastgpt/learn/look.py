@@ -239,7 +239,7 @@ def describe_heads(flow, tokens, loss, off):
         scores = {kind: score(weights, pattern) for kind, pattern in kinds.items()}
         for head in range(len(weights)):
             own = {kind: values[head] for kind, values in scores.items()}
-            cost = (torch.tensor(off[layer][head]) - loss).mean().item() if len(loss) else None
+            cost = (loss.new_tensor(off[layer][head]) - loss).mean().item() if len(loss) else None
             heads.append(dict(layer=layer, head=head, cost=cost, mark=mark(own, uniform(tokens)), **own))
     return heads
 
