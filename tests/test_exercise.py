@@ -222,6 +222,7 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_a_fault_of_somebody_else_fails_and_is_told(fault):
     name, text, words = FAULTS[fault]
     verdict = verdict_on(text, name)

@@ -256,8 +256,8 @@ def explain(name, results):
 
 
 def name_mistake(name, failed):
-    failed = sorted(failed, key=lambda r: sum(x.numel() for x in r.values.values()))
-    failed = failed[:3] + failed[3:][-1:]  # the smallest, and the largest
+    failed = [r for r in failed if r.values["out"].numel()] or failed
+    failed = sorted(failed, key=lambda r: sum(x.numel() for x in r.values.values()))[:5]  # the quickest
     whole, in_failed, in_out, single = [], [], [], {}
     for title, formula in WRONG[name].items():
         matched = [matching(formula, result) for result in failed]

@@ -213,9 +213,9 @@ The backward sets all of dqkv.""",
     logit[v] = hidden . weight[v]                              for each token v of V
     nll      = log(sum over v of exp(logit[v])) - logit[target]
 
-The loss is the mean of nll over the positions whose target is not -1; those with -1 do not count at all. Shapes:
-hidden (B, T, C), weight (V, C), targets (B, T) integers -> one number. exp must not overflow: log(sum(exp(logit))) is
-m + log(sum(exp(logit - m))) with m the largest logit (torch.logsumexp does that).""",
+The loss is the mean of nll over the positions whose target is not -1; those with -1 do not count at all.
+Shapes: hidden (B, T, C), weight (V, C), targets (B, T) integers -> one number. exp must not overflow:
+log(sum(exp(logit))) is m + log(sum(exp(logit - m))) with m the largest logit (torch.logsumexp does that).""",
             (
                 "logits = hidden @ weight.T is (B, T, V). logits.logsumexp(-1) is (B, T).",
                 "The logit of the target: logits.gather(-1, index) with index of shape (B, T, 1). -1 is no index: put "
@@ -282,8 +282,8 @@ which see all positions before them, those of earlier pieces too:
     attend as in the exercise `attention`, the new queries to all keys so far: query i of the piece stands at
     position past + i, and sees the keys at positions 0 ... past + i
 
-However a sequence is cut, the results side by side are those of one pass. Shapes: qkv (B, t, 3C) -> (B, t, C), with t
-new positions. Each layer has a cache of its own, and a new text a new one.""",
+However a sequence is cut, the results side by side are those of one pass. Shapes: qkv (B, t, 3C) -> (B, t, C),
+with t new positions. Each layer has a cache of its own, and a new text a new one.""",
             (
                 "Keep k and v in self, None at first; torch.cat((self.k, k), dim=...) along positions puts the new "
                 "ones after the old. Queries need not be kept: nobody asks them again.",
