@@ -21,9 +21,12 @@ using std::string;
 
 using Array = py::array;
 using OptionalArray = std::optional<py::array>;
-using Shape = std::vector<py::ssize_t>;
+using Shape = std::vector<int64_t>;
 
 inline Shape shape_of(const Array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
+
+// (...) of (..., C)
+inline Shape leading_shape(const Array& a) { return Shape(a.shape(), a.shape() + a.ndim() - 1); }
 
 inline string spell(const Shape& shape) {
     string s = "(";
@@ -73,7 +76,7 @@ template <class T> struct Arguments {
         Rows<const T> rows;
         rows.data = static_cast<const T*>(a.data());
         for (int i = 0; i < a.ndim() - 1; i++) {
-            const long size = a.shape(i), stride = a.strides(i) / py::ssize_t(sizeof(T));
+            const int64_t size = a.shape(i), stride = a.strides(i) / int64_t(sizeof(T));
             rows.count *= size;
             if (size == 1) continue;
             if (rows.rank && rows.stride[rows.rank - 1] == size * stride) { // one row of rows with the dimension before
@@ -94,7 +97,7 @@ template <class T> struct Arguments {
     }
 
     // (N, K), a row for each n; `N` is how messages call the first dimension.
-    Rows<const T> matrix(const char* name, const Array& a, const char* N, long K) const {
+    Rows<const T> matrix(const char* name, const Array& a, const char* N, int64_t K) const {
         if (a.ndim() != 2 || a.shape(1) != K) refuse_shape(name, a, string("(") + N + ", " + std::to_string(K) + ")");
         return rows(name, a);
     }
@@ -104,13 +107,13 @@ template <class T> struct Arguments {
         expect_dtype(name, a);
         expect_shape(name, a, shape);
         expect_adjacent(name, a);
-        const py::ssize_t item = sizeof(T);
+        const int64_t item = sizeof(T);
         return {static_cast<const T*>(a.data()), a.strides(0) / item, a.strides(1) / item};
     }
 
     // The size of the last dimension.
-    long channels(const char* name, const Array& a) const {
-        const long C = a.ndim() < 1 ? 0 : a.shape(a.ndim() - 1);
+    int64_t channels(const char* name, const Array& a) const {
+        const int64_t C = a.ndim() < 1 ? 0 : a.shape(a.ndim() - 1);
         if (C == 0) refuse_shape(name, a, "at least one channel");
         return C;
     }

@@ -26,8 +26,7 @@ const KernelsFor<double>& chosen(const Arguments<double>&) { return kernels->f64
 
 // mean and rstd of each row, one after the other: (2, ...)
 Shape stats_shape(const Array& x_) {
-    Shape shape = shape_of(x_);
-    shape.pop_back();
+    Shape shape = leading_shape(x_);
     shape.insert(shape.begin(), 2);
     return shape;
 }
@@ -36,7 +35,7 @@ void layer_norm_forward(const Array& x_, const Array& weight_, const Array& bias
                         const Array& stats_) {
     with_dtype_of("layer_norm", "x", x_, [&](auto args) {
         const auto x = args.rows("x", x_);
-        const long C = args.channels("x", x_);
+        const int64_t C = args.channels("x", x_);
         const auto weight = args.input("weight", weight_, {C});
         const auto bias = args.input("bias", bias_, {C});
         args.expect_eps(eps);
@@ -50,7 +49,7 @@ void layer_norm_backward(const Array& dout_, const Array& x_, const Array& weigh
                          const Array& dx_, const Array& dweight_, const Array& dbias_) {
     with_dtype_of("layer_norm_backward", "x", x_, [&](auto args) {
         const auto x = args.rows("x", x_), dout = args.rows("dout", dout_, shape_of(x_));
-        const long C = args.channels("x", x_);
+        const int64_t C = args.channels("x", x_);
         const auto weight = args.input("weight", weight_, {C});
         const auto mean = args.input("stats", stats_, stats_shape(x_)), rstd = mean + x.count;
         const auto dx = args.output("dx", dx_, shape_of(x_));
@@ -64,7 +63,7 @@ void layer_norm_backward(const Array& dout_, const Array& x_, const Array& weigh
 void gelu_forward(const Array& x_, const Array& out_) {
     with_dtype_of("gelu", "x", x_, [&](auto args) {
         const auto x = args.rows("x", x_);
-        const long C = shape_of(x_).back();
+        const int64_t C = shape_of(x_).back();
         const auto out = args.output("out", out_, shape_of(x_));
         compute([&] { chosen(args).gelu_forward(x, C, out); });
     });
@@ -73,7 +72,7 @@ void gelu_forward(const Array& x_, const Array& out_) {
 void gelu_backward(const Array& dout_, const Array& x_, const Array& dx_) {
     with_dtype_of("gelu_backward", "x", x_, [&](auto args) {
         const auto x = args.rows("x", x_), dout = args.rows("dout", dout_, shape_of(x_));
-        const long C = shape_of(x_).back();
+        const int64_t C = shape_of(x_).back();
         const auto dx = args.output("dx", dx_, shape_of(x_));
         compute([&] { chosen(args).gelu_backward(dout, x, C, dx); });
     });
@@ -84,7 +83,7 @@ void gelu_backward(const Array& dout_, const Array& x_, const Array& dx_) {
 // What y = x weight^T takes: x (M, K), all its leading dimensions in one, and weight (N, K).
 template <class T> struct Operands {
     Rows<const T> x, weight;
-    long M, K, N;
+    int64_t M, K, N;
     Shape y_shape;
 
     Operands(const Arguments<T>& args, const char* name, const Array& x_, const Array& weight_, const char* N_name)
@@ -139,12 +138,10 @@ void lm_loss_forward(const Array& hidden_, const Array& weight_, const Array& ta
                      const Array& dhidden_, const Array& dweight_) {
     with_dtype_of("lm_loss", "hidden", hidden_, [&](auto args) {
         const Operands of(args, "hidden", hidden_, weight_, "V");
-        const long V = of.N, C = of.K;
+        const int64_t V = of.N, C = of.K;
         if (V == 0) args.refuse_shape("weight", weight_, "at least one token");
-        Shape shape = shape_of(hidden_);
-        shape.pop_back();
-        const auto targets = Arguments<int64_t>{"lm_loss"}.input("targets", targets_, shape);
-        for (long i = 0; i < of.M; i++)
+        const auto targets = Arguments<int64_t>{"lm_loss"}.input("targets", targets_, leading_shape(hidden_));
+        for (int64_t i = 0; i < of.M; i++)
             if (targets[i] < -1 || targets[i] >= V)
                 args.refuse("targets", "has " + std::to_string(targets[i]),
                             "-1 or 0 <= target < V=" + std::to_string(V));
@@ -157,10 +154,10 @@ void lm_loss_forward(const Array& hidden_, const Array& weight_, const Array& ta
 
 // --------------------------------------------------------------------------------------------- attention
 
-template <class T> AttentionShape attention_shape(const Arguments<T>& args, const Array& qkv_, long n_head,
+template <class T> AttentionShape attention_shape(const Arguments<T>& args, const Array& qkv_, int64_t n_head,
                                                   double dropout, const py::int_& seed) {
     if (qkv_.ndim() != 3) args.refuse_shape("qkv", qkv_, "shape (B, T, 3C)");
-    const long channels = args.channels("qkv", qkv_);
+    const int64_t channels = args.channels("qkv", qkv_);
     if (n_head < 1) args.refuse("n_head", "is " + std::to_string(n_head), "1 or more");
     if (channels % (3 * n_head))
         throw py::value_error(string(args.op) + ": qkv has " + std::to_string(channels) +
@@ -169,10 +166,10 @@ template <class T> AttentionShape attention_shape(const Arguments<T>& args, cons
     int overflow = 0;
     const long long key = PyLong_AsLongLongAndOverflow(seed.ptr(), &overflow);
     if (overflow || key < 0) args.refuse("seed", "is " + string(py::str(seed)), "0 <= seed < 2**63");
-    return {long(qkv_.shape(0)), long(qkv_.shape(1)), n_head, channels / (3 * n_head), dropout, uint64_t(key)};
+    return {int64_t(qkv_.shape(0)), int64_t(qkv_.shape(1)), n_head, channels / (3 * n_head), dropout, uint64_t(key)};
 }
 
-void attention_forward(const Array& qkv_, long n_head, double dropout, const py::int_& seed, const Array& out_,
+void attention_forward(const Array& qkv_, int64_t n_head, double dropout, const py::int_& seed, const Array& out_,
                        const Array& stats_) {
     with_dtype_of("attention", "qkv", qkv_, [&](auto args) {
         const auto s = attention_shape(args, qkv_, n_head, dropout, seed);
@@ -183,7 +180,7 @@ void attention_forward(const Array& qkv_, long n_head, double dropout, const py:
     });
 }
 
-void attention_backward(const Array& dout_, const Array& qkv_, const Array& out_, const Array& stats_, long n_head,
+void attention_backward(const Array& dout_, const Array& qkv_, const Array& out_, const Array& stats_, int64_t n_head,
                         double dropout, const py::int_& seed, const Array& dqkv_) {
     with_dtype_of("attention_backward", "qkv", qkv_, [&](auto args) {
         const auto s = attention_shape(args, qkv_, n_head, dropout, seed);
@@ -261,7 +258,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("num_threads", num_threads);
     m.def(
         "fma_work",
-        [](long n) {
+        [](int64_t n) {
             double operations = 0;
             compute([&] { operations = kernels->fma_work(n); });
             return operations;
