@@ -137,6 +137,9 @@ template <class T> struct Arguments {
     void expect_shape(const char* name, const Array& a, const Shape& shape) const {
         if (shape_of(a) != shape) refuse_shape(name, a, spell(shape));
     }
+    void expect_rank(const char* name, const Array& a, int rank, const char* axes) const {
+        if (a.ndim() != rank) refuse_shape(name, a, axes);
+    }
     void expect_contiguous(const char* name, const Array& a) const {
         if (!(a.flags() & Array::c_style)) refuse(name, "is not contiguous", "contiguous memory");
     }

@@ -13,20 +13,18 @@ py::ssize_t packed_bytes(const string& dtype, int64_t N, int64_t K) {
 }
 
 void pack(const py::array& weight, const string& dtype, const py::array& out) {
-    const Argument matrix{"pack", "weight", weight};
-    matrix.expect_rank(2, "(N, K)");
+    Arguments<float>{"pack"}.expect_rank("weight", weight, 2, "(N, K)");
     const int64_t N = weight.shape(0), K = weight.shape(1);
-    const float* w = matrix.input<float>({N, K});
-    char* to = reinterpret_cast<char*>(Argument{"pack", "out", out}.output<uint8_t>({packed_bytes(dtype, N, K)}));
+    const float* w = Arguments<float>{"pack"}.input("weight", weight, {N, K});
+    char* to = reinterpret_cast<char*>(Arguments<uint8_t>{"pack"}.output("out", out, {packed_bytes(dtype, N, K)}));
     compute([&] { kernels->decoder.pack(w, packing_named(dtype), N, K, to); });
 }
 
 void unpack(const py::array& packed, const string& dtype, const py::array& out) {
-    const Argument matrix{"unpack", "out", out};
-    matrix.expect_rank(2, "(N, K)");
+    Arguments<float>{"unpack"}.expect_rank("out", out, 2, "(N, K)");
     const int64_t N = out.shape(0), K = out.shape(1);
-    float* to = matrix.output<float>({N, K});
-    const uint8_t* data = Argument{"unpack", "packed", packed}.input<uint8_t>({packed_bytes(dtype, N, K)});
+    float* to = Arguments<float>{"unpack"}.output("out", out, {N, K});
+    const uint8_t* data = Arguments<uint8_t>{"unpack"}.input("packed", packed, {packed_bytes(dtype, N, K)});
     compute([&] {
         kernels->decoder.unpack({packing_named(dtype), N, K, reinterpret_cast<const char*>(data), nullptr}, to);
     });
@@ -67,14 +65,13 @@ class Decoder {
     // logits (n, V) of n tokens, each at its position in its slot of the cache.
     void decode(const py::array& ids, const py::array& slots, const py::array& positions, const py::array& cache,
                 const string& cache_dtype, int64_t capacity, const py::array& logits) const {
-        const Argument tokens{"Decoder", "ids", ids};
-        tokens.expect_rank(1, "(n,)");
+        Arguments<float>{"Decoder"}.expect_rank("ids", ids, 1, "(n,)");
         const int64_t n = ids.shape(0);
-        const int64_t* id = tokens.input<int64_t>({n});
-        const int64_t* slot = Argument{"Decoder", "slots", slots}.input<int64_t>({n});
-        const int64_t* position = Argument{"Decoder", "positions", positions}.input<int64_t>({n});
+        const int64_t* id = Arguments<int64_t>{"Decoder"}.input("ids", ids, {n});
+        const int64_t* slot = Arguments<int64_t>{"Decoder"}.input("slots", slots, {n});
+        const int64_t* position = Arguments<int64_t>{"Decoder"}.input("positions", positions, {n});
         const DecoderCache kv = cache_in(cache, cache_dtype, capacity);
-        float* to = Argument{"Decoder", "logits", logits}.output<float>({n, model_.V});
+        float* to = Arguments<float>{"Decoder"}.output("logits", logits, {n, model_.V});
         std::vector<DecoderToken> list;
         for (int64_t i = 0; i < n; i++) {
             expect_in("ids", id[i], model_.V);
@@ -89,15 +86,14 @@ class Decoder {
     // last tokens, or (len(ids), V) of all.
     void prefill(const py::array& ids, const py::array& lengths, const py::array& slots, const py::array& cache,
                  const string& cache_dtype, int64_t capacity, const py::array& logits, bool all_logits) const {
-        const Argument tokens{"Decoder", "ids", ids}, sizes{"Decoder", "lengths", lengths};
-        tokens.expect_rank(1, "(M,)");
-        sizes.expect_rank(1, "(n,)");
+        Arguments<float>{"Decoder"}.expect_rank("ids", ids, 1, "(M,)");
+        Arguments<float>{"Decoder"}.expect_rank("lengths", lengths, 1, "(n,)");
         const int64_t M = ids.shape(0), n = lengths.shape(0);
-        const int64_t* id = tokens.input<int64_t>({M});
-        const int64_t* T = sizes.input<int64_t>({n});
-        const int64_t* slot = Argument{"Decoder", "slots", slots}.input<int64_t>({n});
+        const int64_t* id = Arguments<int64_t>{"Decoder"}.input("ids", ids, {M});
+        const int64_t* T = Arguments<int64_t>{"Decoder"}.input("lengths", lengths, {n});
+        const int64_t* slot = Arguments<int64_t>{"Decoder"}.input("slots", slots, {n});
         const DecoderCache kv = cache_in(cache, cache_dtype, capacity);
-        float* to = Argument{"Decoder", "logits", logits}.output<float>({all_logits ? M : n, model_.V});
+        float* to = Arguments<float>{"Decoder"}.output("logits", logits, {all_logits ? M : n, model_.V});
         for (int64_t i = 0; i < M; i++) expect_in("ids", id[i], model_.V);
         std::vector<DecoderPrompt> prompts;
         int64_t at = 0;
@@ -106,7 +102,9 @@ class Decoder {
             expect_in("slots", slot[i], kv.slots);
             prompts.push_back({id + at, T[i], slot[i]});
         }
-        if (at != M) sizes.refuse("has the sum " + std::to_string(at), std::to_string(M) + " as ids has");
+        if (at != M)
+            Arguments<float>{"Decoder"}.refuse("lengths", "has the sum " + std::to_string(at),
+                                               std::to_string(M) + " as ids has");
         if (n) compute([&] { kernels->decoder.prefill(model_, kv, prompts.data(), n, all_logits, to); });
     }
 
@@ -123,24 +121,24 @@ class Decoder {
                                   ", expected 0 <= x < " + std::to_string(end));
     }
     DecoderCache cache_in(const py::array& cache, const string& dtype, int64_t capacity) const {
-        const Argument a{"Decoder", "cache", cache};
         if (capacity < 16 || capacity % 16)
             throw py::value_error("Decoder: capacity is " + std::to_string(capacity) + ", expected a multiple of 16");
-        a.expect_rank(2, "(slots, bytes)");
+        Arguments<float>{"Decoder"}.expect_rank("cache", cache, 2, "(slots, bytes)");
         const int64_t slots = cache.shape(0);
-        char* data = reinterpret_cast<char*>(a.output<uint8_t>({slots, cache_bytes(dtype, capacity)}));
+        char* data = reinterpret_cast<char*>(
+            Arguments<uint8_t>{"Decoder"}.output("cache", cache, {slots, cache_bytes(dtype, capacity)}));
         return {cache_packing(dtype), slots, capacity, data};
     }
 
     py::array next() { return py::cast<py::array>(tensors_[next_++]); }
     const float* values(const Shape& shape) {
         const py::array array = next();
-        return Argument{"Decoder", "tensors", array}.input<float>(shape);
+        return Arguments<float>{"Decoder"}.input("tensors", array, shape);
     }
     PackedMatrix matrix(Packing packing, int64_t N, int64_t K, bool has_bias = true) {
         const py::array array = next();
         const py::ssize_t bytes = kernels->decoder.packed_bytes(packing, N, K);
-        const uint8_t* data = Argument{"Decoder", "tensors", array}.input<uint8_t>({bytes});
+        const uint8_t* data = Arguments<uint8_t>{"Decoder"}.input("tensors", array, {bytes});
         const float* bias = has_bias ? values({(N + 15) / 16 * 16}) : nullptr;
         return {packing, N, K, reinterpret_cast<const char*>(data), bias};
     }
@@ -155,13 +153,13 @@ class Decoder {
 // tokens (B) drawn from logits (B, V) with u (B); -1 where some logit is not finite.
 void sample(const py::array& logits, double temperature, int64_t top_k, double top_p, const py::array& u,
             const py::array& tokens) {
-    const Argument rows{"sample", "logits", logits};
-    rows.expect_rank(2, "(B, V)");
+    Arguments<float>{"sample"}.expect_rank("logits", logits, 2, "(B, V)");
     const int64_t B = logits.shape(0), V = logits.shape(1);
-    if (V == 0) rows.refuse("has shape " + spell(shape_of(logits)), "at least one token");
-    const float* x = rows.input<float>({B, V});
-    const double* random = Argument{"sample", "u", u}.input<double>({B});
-    int64_t* to = Argument{"sample", "tokens", tokens}.output<int64_t>({B});
+    if (V == 0)
+        Arguments<float>{"sample"}.refuse("logits", "has shape " + spell(shape_of(logits)), "at least one token");
+    const float* x = Arguments<float>{"sample"}.input("logits", logits, {B, V});
+    const double* random = Arguments<double>{"sample"}.input("u", u, {B});
+    int64_t* to = Arguments<int64_t>{"sample"}.output("tokens", tokens, {B});
     compute([&] {
         Sampler sampler(temperature, top_k, top_p);
         for (int64_t b = 0; b < B; b++) to[b] = sampler.draw(x + b * V, V, random[b]);
