@@ -391,7 +391,8 @@ def op_of(module, e, own_backward):
             raise ValueError("attention: the file's own has no dropout: train with --dropout 0")
         return function(*arguments, **named)
 
-    op.__module__, op.__qualname__ = function.__module__, getattr(function, "__qualname__", e.function)
+    op.__module__ = getattr(function, "__module__", None) or getattr(module, "__name__", "torch")
+    op.__qualname__ = getattr(function, "__qualname__", e.function)
     return op
 
 
