@@ -214,7 +214,7 @@ def show(verdict, path, printed=(), warnings=(), file=None):
             say("Right: every way of cutting a sequence gives the results of one pass.")
         else:
             say(f"Right: {what} are as exact as rounding to float32 lets the formula be.")
-    for line in filter(None, (verdict.first, *verdict.mistake, *verdict.notes)):
+    for line in (verdict.first, *verdict.mistake) if bad else verdict.notes:
         say(line, "  ")
     if bad:
         say(f"`fastgpt exercise hint {path}` helps.")
