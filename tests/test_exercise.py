@@ -327,6 +327,7 @@ CPP = {
     "a write into an input": ("for (int64_t i = 0; i < n; i++) " + GOOD + " const_cast<float*>(x)[0] = 0;", "writes into x, which is an input"),
     "an endless loop": ("for (volatile int64_t i = 0; i >= 0;) out[0] = x[0] * n;", "is there an endless loop"),
     "a null pointer": ("volatile float* p = nullptr; *p = x[0] * n; out[0] = 0;", "at nullptr"),
+    "a recursion without end": ("volatile char a[9999]; a[0] = 0; gelu(x, out, n); a[1] = 0; out[0] = a[0];", "calls itself without end"),
     "an abort": ("std::abort(); out[0] = x[n];", "it crashed with SIGABRT"),
     "an exit": ("std::exit(0); out[0] = x[n];", "it ended the process itself, with status 0"),
     "a fork": ("if (fork() == 0) _exit(0); for (int64_t i = 0; i < n; i++) " + GOOD, "it starts another process"),

@@ -214,7 +214,7 @@ def show(verdict, path, printed=(), warnings=(), file=None):
             say("Right: every way of cutting a sequence gives the results of one pass.")
         else:
             say(f"Right: {what} are as exact as rounding to float32 lets the formula be.")
-    for line in filter(None, (verdict.first, *verdict.mistake, *verdict.notes)):
+    for line in (verdict.first, *verdict.mistake) if bad else verdict.notes:
         say(line, "  ")
     if bad:
         say(f"`fastgpt exercise hint {path}` helps.")
@@ -391,7 +391,8 @@ def op_of(module, e, own_backward):
             raise ValueError("attention: the file's own has no dropout: train with --dropout 0")
         return function(*arguments, **named)
 
-    op.__module__, op.__qualname__ = function.__module__, getattr(function, "__qualname__", e.function)
+    op.__module__ = getattr(function, "__module__", None) or getattr(module, "__name__", "torch")
+    op.__qualname__ = getattr(function, "__qualname__", e.function)
     return op
 
 

@@ -85,7 +85,7 @@ def cases(name):
         made.append(Case(title, inputs, options))
     if name in ("linear", "linear_gelu"):
         inputs, _ = check.make_inputs(name, (4, 24, 40), 20)
-        made.append(Case("4x24x40, no bias", {n: inputs[n] for n in ("x", "weight")}, dict(bias=None)))
+        made.append(Case("4x24x40, no bias", {n: inputs[n] for n in ("x", "weight")}))
     if name == "gelu":
         inputs, _ = check.make_inputs(name, (5, 40), 20)
         made += [
@@ -159,7 +159,7 @@ def run_case(sandbox, name, index, case, own_backward, verdict):
     out = truth.exact["out"]
     arguments = [(case.inputs | case.options).get(n) for n in e.arguments]
     while len(arguments) > 1 and e.arguments[len(arguments) - 1] not in case.inputs | case.options:
-        arguments.pop()  # eps: its default
+        arguments.pop()  # eps, or no bias: the default
     request = dict(ask="case", name=name, arguments=arguments, own_backward=own_backward)
     request["grad"] = check.output_gradient(out.shape) if own_backward or not native else None
     for at_end in (True, False) if native else (True,):
