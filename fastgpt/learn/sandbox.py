@@ -422,6 +422,7 @@ def own(module, exercise):
 
 def with_backward(exercise, function, backward):
     """`function`, whose gradients backward(dout, *arguments) says. Module and name stay the function's."""
+
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
