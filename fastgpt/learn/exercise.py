@@ -24,7 +24,7 @@ import torch
 
 import gpt
 
-from .. import bench, check, ops
+from .. import _kernels, bench, check, ops
 from . import judge, judge_generation, native, tasks
 from .sandbox import SECONDS, Broken, Sandbox, import_file, with_backward
 from .tasks import EXERCISES
@@ -312,6 +312,8 @@ def show_speed(path, verdict, file=None):
         cells = [cell(kernel[who]["ms"]) for who in ("formula", best, "kernel")] + [cell(by["yours"]["kernel"]["ms"])]
         print(f"  {part:<18}{cells[0]:>16}" + "".join(f"{c:>18}" for c in cells[1:]), file=file)
     ratio = rows["forward"]["yours"]["ratio"]
+    told = bench.notes([row for by in rows.values() for row in by.values()], _kernels.isa())
+    print("", *(line for line in told if line.startswith("Above")), sep="\n", end="", file=file)
     print(f"\nForward, it is {ratio:.2g} times as fast as the best of torch.", file=file)
 
 
