@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, ops
+from . import _kernels, bench, check, ops, train
 
 
 def info():
@@ -50,7 +50,7 @@ def demo():
     print("Two kinds of val loss: the lines during training take at most 256 windows, spread over the text that is")
     print("kept for it; the last line takes all of that text. So the last two differ a little.\n", flush=True)
     out = demo_folder()
-    gpt.main(["train", "--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO], ops, prog="fastgpt")
+    train.main(["--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO])
     with open(os.path.join(out, MARK), "w", encoding="utf-8") as file:
         file.write(fingerprint(out))
     print(f"\n{time.perf_counter() - started:.0f} s in all; the model is in {out!r}. To try next:\n")
@@ -117,7 +117,7 @@ COMMANDS = {
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
     "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
-    "train": ("train a model on a text", on_kernels("train")),
+    "train": ("train a model on a text", lambda argv: train.main(argv)),
     "generate": ("continue a prompt", on_kernels("generate")),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
 }

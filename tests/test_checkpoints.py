@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fastgpt.train
 import gpt
 
 HERE = Path(__file__).parent
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --steps 6 --eval-every 2 --sample 3 --warmup 2".split()
+SOURCES = (gpt.__file__, fastgpt.train.__file__)
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 
 
@@ -38,8 +40,16 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+def main(argv, ops=None):
+    """`fastgpt train`, here on gpt.py's formulas, and gpt.py's other commands."""
+    if argv[0] == "train":
+        fastgpt.train.main(argv[1:], ops)
+    else:
+        gpt.main(argv, ops)
+
+
 def train(out, *more, ops=None):
-    gpt.main(["train", "--out", str(out), *more], ops)
+    main(["train", "--out", str(out), *more], ops)
 
 
 def tensors(out):
@@ -56,7 +66,7 @@ def assert_same(a, b):
 def refused(argv, *words, ops=None):
     """One line, status 1, with these words in it."""
     with pytest.raises(SystemExit) as end:
-        gpt.main(argv, ops)
+        main(argv, ops)
     message = end.value.code
     assert isinstance(message, str) and "\n" not in message and "error: " in message, message
     for word in words:
@@ -84,7 +94,7 @@ def lines_run(function, names):
         return local
 
     def begin(frame, event, _):
-        return local if frame.f_code.co_name in names and frame.f_code.co_filename == gpt.__file__ else None
+        return local if frame.f_code.co_name in names and frame.f_code.co_filename in SOURCES else None
 
     sys.settrace(begin)
     try:
@@ -95,7 +105,7 @@ def lines_run(function, names):
 
 
 def interrupted_at(place, times, function):
-    """Raise KeyboardInterrupt before a line is run for the nth time."""
+    """Ctrl-C just before a line is run for the nth time."""
     left = [times]
 
     def local(frame, event, _):
@@ -103,11 +113,11 @@ def interrupted_at(place, times, function):
             left[0] -= 1
             if left[0] == 0:
                 sys.settrace(None)
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
         return local
 
     def begin(frame, event, _):
-        return local if frame.f_code.co_name == place[0] and frame.f_code.co_filename == gpt.__file__ else None
+        return local if frame.f_code.co_name == place[0] and frame.f_code.co_filename in SOURCES else None
 
     sys.settrace(begin)
     try:
@@ -121,7 +131,7 @@ def interrupted_at(place, times, function):
 @pytest.mark.parametrize("times", (1, 2))
 def test_interrupt_before_any_line_loses_nothing(data, tmp_path, times, capsys):
     argv = ["--data", data, *TINY, "--steps", "4"]
-    names = {"train", "train_step", "save_checkpoint", "save_tensors", "written_whole", "run_train", "steps_done"}
+    names = {"run", "loop", "claimed", "train", "train_step", "save_checkpoint", "save_tensors", "write_whole", "run_train"}
     places = lines_run(lambda: train(tmp_path / "whole", *argv), names)
     assert len(places) > 80
     expected = tensors(tmp_path / "whole")
@@ -134,45 +144,49 @@ def test_interrupt_before_any_line_loses_nothing(data, tmp_path, times, capsys):
         assert_same(expected, tensors(out))
 
 
-def test_interrupted_update_is_not_saved(data, out, monkeypatch, capsys):
-    """A KeyboardInterrupt inside AdamW, between the two groups of parameters: these weights are of no step."""
+def test_an_interrupt_inside_the_optimizer_waits_for_its_end(data, out, monkeypatch, capsys):
+    """Between AdamW's two groups of parameters: the step is finished and saved, and training goes on from it."""
+    train(out.with_name("whole"), "--data", data, *TINY)
     module = sys.modules["torch.optim.adam"]
     real, calls = module.adam, []
 
     def adam(*args, **options):
         calls.append(0)
-        if len(calls) == 2 * 3 + 2:
-            raise KeyboardInterrupt
+        if len(calls) == 2 * 2 + 2:
+            os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(module, "adam", adam)
         train(out, "--data", data, *TINY)
-    assert "stopped after step 2; `train --resume" in capsys.readouterr().out
-    assert gpt.load_tensors(out / FILES[0])[1]["step"] == "2"
+    assert "stopped after step 3; `train --resume" in capsys.readouterr().out
+    assert gpt.load_tensors(out / FILES[0])[1]["step"] == "3"
+    train(out, "--resume")
+    assert_same(tensors(out.with_name("whole")), tensors(out))
 
 
-@pytest.mark.parametrize("where", ("evaluate", "generate", "load_tokens", "load_pretrained"))
+@pytest.mark.parametrize("where", ("evaluate", "generate", "load_pretrained", "GPT"))
 def test_interrupt_elsewhere_is_quiet(data, out, where, monkeypatch, capsys):
     train(out, "--data", data, *TINY)
     capsys.readouterr()
     real = getattr(gpt, where)
+    number = signal.SIGTERM if where == "GPT" else signal.SIGINT
 
     def interrupted(*args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return real(*args, **options)
 
     monkeypatch.setattr(gpt, where, interrupted)
     argv = {
         "evaluate": ["eval", "--model", str(out), "--data", data],
         "generate": ["generate", "--model", str(out)],
-        "load_tokens": ["train", "--out", str(out), "--data", data, "--overwrite"],
         "load_pretrained": ["generate", "--model", str(out)],
+        "GPT": ["train", "--out", str(out), "--data", data, "--overwrite"],
     }[where]
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:
-        gpt.main(argv)
-    assert end.value.code == 128 + signal.SIGTERM and capsys.readouterr() == ("", "")
+        main(argv)
+    assert end.value.code == 128 + number and capsys.readouterr() == ("", "")
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
@@ -374,7 +388,7 @@ def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(data, out, call, mon
 
 
 def test_second_run_in_the_same_folder_is_refused(data, out):
-    with gpt.claimed(str(out)):
+    with fastgpt.train.claimed(str(out)):
         refused(["train", "--out", str(out), "--data", data, *TINY], "another run is at work")
     train(out, "--data", data, *TINY)
 
