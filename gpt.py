@@ -357,11 +357,11 @@ def get_tokenizer(name):
 
     Bytes, because they spell any text; merges, because a token of four letters makes a window four times as long.
     """
-    expect(name in ("bytes", "gpt2"), f"tokenizer is {name!r}, expected bytes or gpt2")
+    expect(name in ("bytes", "gpt2"), f"tokenizer is {name!r}, expected 'gpt2' or 'bytes'")
     if name == "bytes":
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"\s+|\S+", mergeable_ranks=ranks, special_tokens=special)
-    with reading("GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR, nor to be had; --tokenizer bytes needs no file"):
+    with reported_as("GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR, nor to be had; --tokenizer bytes needs no file"):
         return tiktoken.get_encoding("gpt2")
 
 
@@ -369,7 +369,7 @@ def load_text(path=None):
     """The text in a UTF-8 file, or, without one, half a megabyte of English that every Python carries: its own help."""
     if path is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
-    with reading(f"--data is {path!r}, expected a readable text file in UTF-8"), open(path, "rb") as file:
+    with reported_as(f"--data is {path!r}, expected a readable text file in UTF-8"), open(path, "rb") as file:
         return file.read().decode()
 
 
@@ -385,7 +385,7 @@ def load_tokens(path, tokenizer, block_size):
         ids = (i for piece in pieces for i in tokenizer.encode(piece[0], allowed_special="all"))
         rows.append(np.fromiter(ids, np.uint16))
     few = min(map(len, rows))
-    expect(few > block_size, f"--data has a part of {few} tokens, expected more than --block-size={block_size}")
+    expect(few > block_size, f"--data has a part of {few} tokens, expected more than --block-size={block_size} of each")
     return rows
 
 
@@ -495,24 +495,20 @@ def train_step(model, optimizer, tokens, step, config):
 
 
 def train(model, optimizer, tokens, val, config, step=0):
-    """The steps from `step` to config.steps, with checkpoints and evaluations on the way."""
-    first = saved = step
-    started, per_step = time.perf_counter(), config.batch_size * model.config.block_size * config.accumulate
+    """The steps from `step` to config.steps; each `eval_every` a checkpoint, from which --resume goes on."""
+    first, started = step, time.perf_counter()
     model.train()
-    try:
-        while step < config.steps:
-            loss = train_step(model, optimizer, tokens, step, config)
-            step += 1
-            speed = (step - first) * per_step / (time.perf_counter() - started)
-            progress(f"step {step} of {config.steps}: loss {loss:.3f}, {speed:,.0f} tokens/s")
-            if step % config.eval_every == 0 or step == config.steps:
-                save_checkpoint(model, optimizer, step, config)
-                saved, val_loss = step, evaluate(model, val, config.batch_size, max_windows=256)
-                progress("")
-                print(f"step {step}: loss {loss:.4f}, val loss {val_loss:.4f}, {speed:,.0f} tokens/s", flush=True)
-    except (KeyboardInterrupt, ValueError):
-        progress(f"the last checkpoint is of step {saved}; `train --resume --out {config.out}` goes on from there\n")
-        raise
+    while step < config.steps:
+        loss = train_step(model, optimizer, tokens, step, config)
+        step += 1
+        n = (step - first) * config.batch_size * config.accumulate * model.config.block_size
+        speed = n / (time.perf_counter() - started)
+        progress(f"step {step} of {config.steps}: loss {loss:.3f}, {speed:,.0f} tokens/s")
+        if step % config.eval_every == 0 or step == config.steps:
+            save_checkpoint(model, optimizer, step, config)
+            val_loss = evaluate(model, val, config.batch_size, max_windows=256)
+            progress("")
+            print(f"step {step}: loss {loss:.4f}, val loss {val_loss:.4f}, {speed:,.0f} tokens/s", flush=True)
 
 
 def progress(text):
@@ -525,12 +521,16 @@ def progress(text):
 
 
 @contextmanager
-def reading(what):
+def reported_as(what):
     """Whatever is wrong with something from outside is a ValueError of one line."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise ValueError(f"{what} ({one_line(error)})") from error
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def write_whole(path, write):
@@ -547,13 +547,16 @@ def save_tensors(path, tensors, about=None):
     """A safetensors file: tensors by name, strings about them, and a CRC-32 of all that."""
     tensors, about = {k: x.detach().contiguous() for k, x in tensors.items()}, {"format": "pt", **(about or {})}
     about["crc32"] = checksum(tensors, about)
-    write_whole(path, lambda name: safetensors.torch.save_file(tensors, name, about))
+    with reported_as(f"{path} could not be written"):
+        write_whole(path, lambda name: safetensors.torch.save_file(tensors, name, about))
 
 
 def load_tensors(path):
     """-> tensors by name, strings about them. What save_tensors wrote is checked to the last bit."""
-    with reading(f"{path} is missing, damaged or no safetensors file"), safetensors.safe_open(path, "pt") as file:
-        tensors, about = {k: file.get_tensor(k).clone() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    with reported_as(f"{path} is damaged or no safetensors file"):
+        expect(os.path.isfile(path), "it does not exist or is no file")  # a pipe would wait
+        with safetensors.safe_open(path, "pt") as file:
+            tensors, about = {k: file.get_tensor(k).clone() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
         expect(about.pop("crc32", None) in (None, checksum(tensors, about)), "its checksum is another")
     return tensors, about
 
@@ -566,10 +569,22 @@ def checksum(tensors, about):
     return f"{crc:08x}"
 
 
+def build(cls, sizes, tensors, ops):
+    """A model of these sizes, which must be those of the weights, before any memory is asked for."""
+    n_layer = len({k.split(".")[1] for k in tensors if k.startswith("h.")})
+    found = (n_layer, *tensors["wpe.weight"].shape, *tensors["wte.weight"].shape)
+    said = (sizes.n_layer, sizes.block_size, sizes.n_embd, sizes.vocab_size, sizes.n_embd)
+    expect(said == found, f"layers, wpe's shape, wte's shape are {said} by the config, {found} in the weights")
+    model = cls(sizes, ops)
+    fill(model.named_parameters(), tensors)
+    return model
+
+
 def fill(named, tensors, prefix=""):
-    """Copy into each parameter the tensor of its name, which must be there, of its shape and finite."""
+    """Move each parameter's tensor into it: it must be there, of its shape and finite."""
     for name, p in named:
-        x = tensors.pop(prefix + name, torch.empty(0))
+        expect(prefix + name in tensors, f"it has no {prefix}{name}")
+        x = tensors.pop(prefix + name)
         good = x.shape == p.shape and x.is_floating_point() and x.isfinite().all()
         expect(good, f"{prefix}{name} is {x.dtype} {tuple(x.shape)}, expected finite floats of shape {tuple(p.shape)}")
         p.data.copy_(x)
@@ -578,43 +593,44 @@ def fill(named, tensors, prefix=""):
 # GPT-2 in Hugging Face's words, where matrices are stored (in, out).
 HF_SIZES = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions", vocab_size="vocab_size")
 HF_FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True)
+HF_OTHERS = dict(scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True], tokenizer=[None, "gpt2", "bytes"])
 HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def load_pretrained(cls, path, ops, dropout):
     if not os.path.isdir(path):
-        with reading(f"from_pretrained: {path!r} is no folder here, and could not be fetched from the Hub"):
+        with reported_as(f"from_pretrained: {path!r} is no folder and no model that could be fetched"):
             from huggingface_hub import snapshot_download
 
             name = f"openai-community/{path}" if path in SIZES else path
             path = snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
     weights, config = os.path.join(path, "model.safetensors"), os.path.join(path, "config.json")
     tensors, about = load_tensors(weights)
-    with reading(f"{config} is missing, damaged or not a GPT-2's"):
-        if "about" not in about:  # ours stands beside the weights as well
-            with open(config, encoding="utf-8") as file:
-                about["about"] = file.read()
-        known = json.loads(about["about"])
-        for key, expected in (HF_FIXED | dict(scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)).items():
-            expect(known.get(key, expected) == expected, f"{key} is {known.get(key)!r}, expected {expected!r}")
+    with reported_as(f"from_pretrained: {config} is damaged or not a GPT-2's"):
+        with open(config, encoding="utf-8") as file:
+            known = json.load(file)
+        known |= json.loads(about.get("about", "{}"))  # ours stands with the weights as well: they can't be mixed up
+        expected = {k: [x] for k, x in HF_FIXED.items()} | HF_OTHERS | dict(n_inner=[None, 4 * known["n_embd"]])
+        for k, values in expected.items():
+            expect(known.get(k, values[0]) in values, f"{k} is {known.get(k)!r}, expected {values[-1]!r}")
         sizes = GPTConfig(**{k: known[theirs] for k, theirs in HF_SIZES.items()}, dropout=dropout)
-    with reading(f"{weights} is not what its config says"):
+    with reported_as(f"from_pretrained: {weights} is not what its config says"):
         masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored as if they were learned
         tensors = {k.removeprefix("transformer."): x for k, x in tensors.items() if not k.endswith(masks)}
         head = tensors.pop("lm_head.weight", tensors["wte.weight"])
         expect(torch.equal(head, tensors["wte.weight"]), "lm_head.weight differs from wte.weight, expected them tied")
-        model = cls(sizes, ops)
-        fill(model.named_parameters(), {k: x.T if k.endswith(HF_TRANSPOSED) else x for k, x in tensors.items()})
-    model.tokenizer, formulas = known.get("tokenizer"), known.get("fastgpt_ops", {})
-    if formulas != own_formulas(model.ops):
-        warnings.warn(f"{path} was trained with {formulas or 'GPT-2'} as ops, not with these", stacklevel=3)
+        tensors = {k: x.t() if k.endswith(HF_TRANSPOSED) else x for k, x in tensors.items()}
+        model = build(cls, sizes, tensors, ops)
+        expect(not tensors, f"it has {', '.join(tensors)}, unknown to GPT-2")
+    model.tokenizer = known.get("tokenizer")
+    compare_formulas(path, known.get("fastgpt_ops", {}), model.ops)
     return model
 
 
 def write_pretrained(model, path, extra):
     sizes = {theirs: getattr(model.config, k) for k, theirs in HF_SIZES.items()}
     config = HF_FIXED | sizes | dict(architectures=["GPT2LMHeadModel"], fastgpt_ops=own_formulas(model.ops), **extra)
-    tensors = {f"transformer.{k}": x.T if k.endswith(HF_TRANSPOSED) else x for k, x in model.state_dict().items()}
+    tensors = {f"transformer.{k}": x.t() if k.endswith(HF_TRANSPOSED) else x for k, x in model.state_dict().items()}
     os.makedirs(path, exist_ok=True)
     save_tensors(os.path.join(path, "model.safetensors"), tensors, dict(about=json.dumps(config)))
     write_whole(os.path.join(path, "config.json"), lambda name: Path(name).write_text(json.dumps(config, indent=2)))
@@ -627,6 +643,11 @@ def own_formulas(ops):
     return {name: ".".join(words) for name, words in names.items() if words[0] != "fastgpt.ops"}
 
 
+def compare_formulas(path, trained, ops):
+    if trained != own_formulas(ops):
+        warnings.warn(f"{path} was trained with {trained or 'GPT-2'} as ops, not with these", stacklevel=4)
+
+
 def save_checkpoint(model, optimizer, step, config, **more):
     """training.safetensors, to go on from: weights, AdamW's moments, options. Beside it, the weights alone, to use."""
     tensors = dict(model.named_parameters())
@@ -634,7 +655,8 @@ def save_checkpoint(model, optimizer, step, config, **more):
         tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in model.named_parameters()}
     for name, x in tensors.items():
         expect(x.isfinite().all(), f"step {step}: {name} is not finite, so nothing is saved; a lower --lr may help")
-    about = dict(step=str(step), config=json.dumps(asdict(model.config)), options=json.dumps(asdict(config)), **more)
+    about = dict(config=asdict(model.config), options=asdict(config), formulas=own_formulas(model.ops))
+    about = {k: json.dumps(x) for k, x in about.items()} | dict(step=str(step), **more)
     save_tensors(os.path.join(config.out, "training.safetensors"), tensors, about)
     model.save_pretrained(config.out, tokenizer=config.tokenizer)
 
@@ -650,18 +672,19 @@ def expect_same(typed, fixed):
 def load_checkpoint(path, typed, ops):
     """-> model, optimizer, options (those of the run, with what is typed on top) and step."""
     tensors, about = load_tensors(path)
-    with reading(f"{path} is no checkpoint that can go on so"):
+    with reported_as(f"{path} is no checkpoint that can go on so"):
         step, saved, sizes = int(about["step"]), json.loads(about["options"]), GPTConfig(**json.loads(about["config"]))
         expect_same(typed, {name: saved[name] for name in (*SHAPE, "tokenizer", "init")})
         config = TrainConfig(**saved | dict(out=os.path.dirname(path)) | typed)
-        model = GPT(replace(sizes, dropout=config.dropout), ops)
+        model = build(GPT, replace(sizes, dropout=config.dropout), tensors, ops)
         optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
-        fill(model.named_parameters(), tensors)
         for moment in ("exp_avg", "exp_avg_sq"):
             state = {name: torch.empty_like(p) for name, p in model.named_parameters()}
             fill(state.items(), tensors, f"{moment}.")
             for name, p in model.named_parameters():
                 optimizer.state[p] |= {"step": torch.tensor(float(step)), moment: state[name]}
+        expect(step >= 0 and not tensors, f"step is {step}, unknown tensors are {list(tensors)}")
+    compare_formulas(path, json.loads(about.get("formulas", "{}")), model.ops)
     return model, optimizer, config, step
 
 
@@ -693,8 +716,10 @@ def run_train(typed, ops, train=train, load_tokens=load_tokens):
     print(f"{n:,} parameters, {len(tokens):,} tokens, {len(val):,} to validate")
     os.makedirs(config.out, exist_ok=True)
     train(model, optimizer, tokens, val, config, step)
-    val_loss = evaluate(model, val, config.batch_size, max_windows=2**18 // config.block_size + 1)
-    print(f"val loss {val_loss:.4f}; saved in {config.out}\n")
+    T, most = config.block_size, 2**18 // config.block_size  # to measure all of a large text would take long
+    on = "all" if len(val) <= most * T else f"{most:,} windows of {T} from all over"
+    val_loss = evaluate(model, val, config.batch_size, most)
+    print(f"val loss {val_loss:.4f} on {on} {len(val):,} tokens; saved in {config.out}\n")
     start = torch.tensor([tokenizer.encode("\n")])
     print(tokenizer.decode(model.generate(start, config.sample, 0.8, top_k=200, seed=config.seed)[0].tolist()))
 
@@ -780,7 +805,9 @@ def main(argv=None, ops=None, prog=None):
     typed = vars(parser.parse_args(argv))
     run = COMMANDS[typed.pop("command")][0]
     try:
-        run(typed, ops)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
+            run(typed, ops)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -788,7 +815,7 @@ def main(argv=None, ops=None, prog=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (ValueError, OSError, MemoryError, safetensors.SafetensorError) as error:
-        sys.exit(f"{parser.prog}: error: {' '.join(str(error).split())}")
+        sys.exit(f"{parser.prog}: error: {one_line(error)}")
 
 
 # ----------------------------------------------------------------------------------- Appendix: dropout's numbers

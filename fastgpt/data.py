@@ -33,9 +33,9 @@ def load_tokens(path, tokenizer, block_size):
 @contextmanager
 def open_text(path):
     """The bytes of a text file, or of gpt.load_text() without one."""
-    with gpt.reading(f"--data is {path!r}, expected a readable text file in UTF-8"):
+    with gpt.reported_as(f"--data is {path!r}, expected a readable text file in UTF-8"):
         file = io.BytesIO(gpt.load_text().encode()) if path is None else open(path, "rb")  # noqa: SIM115
-    with gpt.reading(f"--data is {path!r}, expected a readable text file in UTF-8"), file:
+    with gpt.reported_as(f"--data is {path!r}, expected a readable text file in UTF-8"), file:
         yield file
 
 

@@ -80,10 +80,10 @@ def loop(model, optimizer, tokens, val, config, step=0, interrupts=None, data=""
                 gpt.progress("")
                 losses = f"loss {loss:.4f}, val loss {val_loss:.4f}"
                 print(f"step {step}: {losses}, {speed:,.0f} tokens/s, {left:.0f} s left", flush=True)
-    except ValueError as error:  # a loss, a gradient or a weight that is not finite
+    except (ValueError, OSError) as error:  # a loss, a gradient or a weight that is not finite; a full disk
         gpt.progress("")
         rest = f"`--resume` goes on from step {saved}" if saved else "nothing was saved"
-        raise ValueError(f"{error}; a lower --lr than {config.lr:g} may help, {rest} in {config.out!r}") from error
+        raise ValueError(f"{error}; {rest} in {config.out!r}") from error
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt), interrupts:
             gpt.progress("")
@@ -121,7 +121,7 @@ def run(typed, ops, interrupts):
 
 def say_changes(path, typed):
     """What was typed other than the run's own options. -> a line on the text of the run, if the checkpoint has one"""
-    with gpt.reading(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
+    with gpt.reported_as(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
         saved = json.loads(about["options"])
         changed = [k for k, x in typed.items() if k != "out" and x != saved.get(k, x)]
@@ -181,6 +181,6 @@ def main(argv=None, ops=ops):
             sys.exit(128 + interrupts.number)
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch has not enough memory
             raise
-        sys.exit(f"{parser.prog}: error: {' '.join(str(error).split())}")
+        sys.exit(f"{parser.prog}: error: {gpt.one_line(error)}")
     finally:
         interrupts.give_back()

@@ -133,7 +133,17 @@ def interrupted_at(place, times, function):
 @pytest.mark.parametrize("times", (1, 2))
 def test_interrupt_before_any_line_loses_nothing(data, tmp_path, times, capsys):
     argv = ["--data", data, *TINY, "--steps", "4"]
-    names = {"run", "loop", "claimed", "train", "train_step", "save_checkpoint", "save_tensors", "write_whole", "run_train"}
+    names = {
+        "run",
+        "loop",
+        "claimed",
+        "train",
+        "train_step",
+        "save_checkpoint",
+        "save_tensors",
+        "write_whole",
+        "run_train",
+    }
     places = lines_run(lambda: train(tmp_path / "whole", *argv), names)
     assert len(places) > 80
     expected = tensors(tmp_path / "whole")
@@ -288,22 +298,22 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t, m: t.update({"exp_avg_sq.wte.weight": t["exp_avg_sq.wte.weight"][:-4]}), "exp_avg_sq.wte.weight is torch.float32 of shape (253, 16), expected floats of shape (257, 16)"),
+        (lambda t, m: t.update({"exp_avg_sq.wte.weight": t["exp_avg_sq.wte.weight"][:-4]}), "exp_avg_sq.wte.weight is torch.float32 (253, 16), expected finite floats of shape (257, 16)"),
         (lambda t, m: t.update({"exp_avg.ln_f.bias": torch.zeros(3)}), "exp_avg.ln_f.bias is"),
         (lambda t, m: t.pop("exp_avg.h.0.ln_1.weight"), "has no exp_avg.h.0.ln_1.weight"),
         (lambda t, m: t.update({"wpe.weight": t["wpe.weight"][:9]}), "wpe"),
         (lambda t, m: t.update({"h.0.mlp.c_fc.weight": t["h.0.mlp.c_fc.weight"].long()}), "h.0.mlp.c_fc.weight is torch.int64"),
-        (lambda t, m: t["h.0.ln_1.bias"].fill_(float("nan")), "h.0.ln_1.bias has values that are not finite"),
-        (lambda t, m: t["exp_avg.ln_f.bias"].fill_(float("inf")), "exp_avg.ln_f.bias has values that are not finite"),
+        (lambda t, m: t["h.0.ln_1.bias"].fill_(float("nan")), "h.0.ln_1.bias is torch.float32 (16,), expected finite floats"),
+        (lambda t, m: t["exp_avg.ln_f.bias"].fill_(float("inf")), "exp_avg.ln_f.bias is torch.float32 (16,), expected finite floats"),
         (lambda t, m: t.update({"stranger": torch.zeros(3)}), "stranger"),
         (lambda t, m: m.update(step="-1"), "step is -1"),
         (lambda t, m: m.update(step="1e3"), "invalid literal"),
         (lambda t, m: m.pop("config"), "config"),
-        (lambda t, m: m.update(config="[" * 100_000), "damaged"),
-        (lambda t, m: m.update(config=json.dumps(dict(n_layer=999, n_head=1, n_embd=16, block_size=16, vocab_size=257))), "number of layers"),
-        (lambda t, m: m.update(config=json.dumps(dict(n_layer=1, n_head=1, n_embd=10**9, block_size=16, vocab_size=257))), "n-embd is 1000000000"),
-        (lambda t, m: m.update(options='{"steps": "many"}'), "--steps is 'many'"),
-        (lambda t, m: m.update(options='{"color": 1}'), "color"),
+        (lambda t, m: m.update(config="[" * 100_000), "recursion"),
+        (lambda t, m: m.update(config=json.dumps(dict(n_layer=999, n_head=1, n_embd=16, block_size=16, vocab_size=257))), "layers, wpe's shape, wte's shape are (999,"),
+        (lambda t, m: m.update(config=json.dumps(dict(n_layer=1, n_head=1, n_embd=10**9, block_size=16, vocab_size=257))), "(1, 16, 1000000000, 257, 1000000000) by the config"),
+        (lambda t, m: m.update(options=m["options"].replace('"steps": 6', '"steps": "many"')), "--steps is 'many'"),
+        (lambda t, m: m.update(options=m["options"].replace("{", '{"color": 1, ')), "color"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -317,7 +327,7 @@ def test_wrong_contents_of_a_whole_checkpoint_are_refused(data, out, change, wor
     "config, words",
     [
         ("[]", "config.json"), ("null", "config.json"), ("3", "config.json"), ('"x"', "config.json"), ("{", "config.json"), ("\xff\xfe", "config.json"),
-        ({"n_layer": 10**12}, "number of layers"), ({"n_embd": 10**9}, "wte"), ({"n_positions": 10**12}, "wpe"), ({"vocab_size": 10**12}, "wte"),
+        ({"n_layer": 10**12}, "layers"), ({"n_embd": 10**9}, "wte's"), ({"n_positions": 10**12}, "wpe's"), ({"vocab_size": 10**12}, "wte's"),
         ({"n_layer": 1.0}, "n_layer is 1.0"), ({"n_layer": True}, "n_layer is True"), ({"n_head": 0}, "n_head is 0"), ({"n_head": None}, "n_head is None"),
         ({"n_head": 3}, "not a multiple"), ({"n_embd": "16"}, "n_embd is '16'"), ({"tokenizer": 5}, "tokenizer is 5"), ({"n_inner": 17}, "n_inner is 17"),
         ({"layer_norm_epsilon": [1]}, "layer_norm_epsilon is [1]"), ("[" * 100_000, "config.json"),
@@ -351,7 +361,7 @@ def test_what_is_no_file_is_refused(tmp_path, data, out):
     (tmp_path / "folder.safetensors").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder.safetensors", "pipe", "missing"):
-        with pytest.raises(ValueError, match=f"{name} does not exist or is no file"):
+        with pytest.raises(ValueError, match=f"{name} is damaged.*does not exist or is no file"):
             gpt.load_tensors(tmp_path / name)
     train(out, "--data", data, *TINY)
     (out / "model.safetensors").unlink()
@@ -443,25 +453,28 @@ def test_divergence_stops_before_the_checkpoint_is_touched(data, out, lr):
 
 
 @pytest.mark.parametrize("what", ("loss", "gradient", "parameter"))
-def test_what_is_not_finite_is_named(small, what, monkeypatch):
+def test_what_is_not_finite_is_named(small, what, monkeypatch, tmp_path):
     model = gpt.GPT(small)
     optimizer = gpt.make_optimizer(model, 1e-3, 0.99, 0.1)
-    tokens, config = torch.randint(97, (500,)), gpt.TrainConfig(batch_size=2)
+    tokens, config = torch.randint(97, (500,)), gpt.TrainConfig(batch_size=2, out=str(tmp_path / "out"))
     if what == "loss":
         model.wte.weight.data[5] = float("nan")
     elif what == "gradient":
         model.h[0].attn.c_proj.bias.register_hook(lambda grad: grad * float("inf"))
     else:
-        monkeypatch.setattr(optimizer, "step", lambda: model.h[1].mlp.c_fc.bias.data.fill_(float("inf")))
+        optimizer.register_step_post_hook(lambda *_: model.h[1].mlp.c_fc.bias.data.fill_(float("inf")))
     expected = {
-        "loss": "the loss is nan",
-        "gradient": "the norm of the gradient is",
-        "parameter": "h.1.mlp.c_fc.bias has",
+        "loss": "loss nan",
+        "gradient": "norm of its gradient inf",
+        "parameter": "h.1.mlp.c_fc.bias is not finite",
     }
     before = model.wpe.weight.detach().clone()
-    with pytest.raises(ValueError, match=f"step 8: {expected[what]}"):
+    with pytest.raises(ValueError, match=f"step 8: .*{expected[what]}"):
         gpt.train_step(model, optimizer, tokens, 7, config)
-    assert torch.equal(before, model.wpe.weight)
+        assert not torch.equal(before, model.wpe.weight)
+        before = model.wpe.weight.detach().clone()
+        gpt.save_checkpoint(model, optimizer, 8, config)
+    assert torch.equal(before, model.wpe.weight) and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------ resume
@@ -470,7 +483,7 @@ def test_what_is_not_finite_is_named(small, what, monkeypatch):
 @pytest.mark.parametrize("option, value", [("n-layer", "2"), ("n-head", "4"), ("n-embd", "32"), ("block-size", "8"), ("tokenizer", "gpt2"), ("init", "gpt2")])  # fmt: skip
 def test_resume_refuses_what_cannot_change(data, out, option, value):
     train(out, "--data", data, *TINY)
-    refused(["train", "--resume", "--out", str(out), f"--{option}", value], f"--{option} is", "which cannot change")
+    refused(["train", "--resume", "--out", str(out), f"--{option}", value], f"--{option} is", "cannot change")
 
 
 def test_resume_says_aloud_what_changes(data, out, capsys):
@@ -547,7 +560,7 @@ def test_other_ops_than_those_of_training_are_named(data, out, capsys, monkeypat
     capsys.readouterr()
     gpt.main(["generate", "--model", str(out), "--max-new-tokens", "2"])
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "loud_gelu" in said[0] and "tokens/s" in said[1]
+    assert len(said) == 1 and "loud_gelu" in said[0]
     train(out, "--resume", "--steps", "7")
     assert "loud_gelu" in capsys.readouterr().err
 
@@ -601,10 +614,10 @@ def test_help_shows_defaults_and_version_is_there(capsys):
     for argv, words in (
         (
             ["train", "--help"],
-            ("--n-layer N", "blocks (default: 4)", "highest learning rate (default: 0.001)", "--resume"),
+            ("--n-layer INT", "blocks (default: 4)", "highest learning rate (default: 0.001)", "--resume"),
         ),
-        (["generate", "--help"], ("--temperature X", "(default: 0.8)")),
-        (["eval", "--help"], ("--batch-size N",)),
+        (["generate", "--help"], ("--temperature FLOAT", "(default: 0.8)")),
+        (["eval", "--help"], ("--batch-size INT",)),
         (["--version"], ("gpt.py 0.2",)),
         (["--help"], ("train a model on a text", "continue a prompt")),
     ):
