@@ -141,20 +141,21 @@ def claimed(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"--out is {folder!r}, where another run is at work: wait, or take another") from error
-        remove_leftovers(folder)
-        with open(os.path.join(folder, "trial.tmp"), "wb") as file:
-            file.write(b"can it be written?")
-        os.remove(file.name)
-        yield
+        try:
+            with open(os.path.join(folder, "trial.tmp"), "wb") as file:
+                file.write(b"can it be written?")
+            remove_leftovers(folder)
+            yield
+        finally:
+            remove_leftovers(folder)
     finally:
-        remove_leftovers(folder)
         os.close(lock)
         with suppress(OSError):
             os.rmdir(folder)  # if nothing came to be in it
 
 
 def remove_leftovers(folder):
-    for name in FILES:
+    for name in (*FILES, "trial"):
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, f"{name}.tmp"))  # half a file, of a run that was killed
 
