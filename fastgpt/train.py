@@ -1,4 +1,4 @@
-"""`fastgpt train`: gpt.py's training on the kernels, where nothing is lost and nothing is silently other.
+"""`fastgpt train`: gpt.py's training on the kernels, where no work is lost and every change is reported.
 
 The steps are gpt.train_step's, in the same order, so losses and weights are those of gpt.py's plain loop, bit for bit.
 Around them: Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; a folder belongs to one run at a
@@ -109,7 +109,7 @@ def run(typed, ops, interrupts):
         def train(model, optimizer, tokens, val, config, step):
             text = f"{len(tokens) + len(val):,} tokens with CRC-32 {zlib.crc32(val, zlib.crc32(tokens)):08x}"
             if before not in (None, text):
-                print(f"the text is another than before: {text} instead of {before}")
+                print(f"the text has changed: {text}, it was {before}")
             if config.warmup > config.steps:
                 print(f"--warmup {config.warmup} is longer than the run, so it is cut to --steps {config.steps}")
             if step >= config.steps:
@@ -151,7 +151,7 @@ def claimed(folder):
     finally:
         os.close(lock)
         with suppress(OSError):
-            os.rmdir(folder)  # if nothing came to be in it
+            os.rmdir(folder)  # if it is empty
 
 
 def remove_leftovers(folder):
