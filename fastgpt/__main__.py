@@ -16,6 +16,7 @@ import torch
 import gpt
 
 from . import _kernels, bench, check, ops
+from .learn import ladder
 
 
 def info():
@@ -120,6 +121,7 @@ COMMANDS = {
     "train": ("train a model on a text", on_kernels("train")),
     "generate": ("continue a prompt", on_kernels("generate")),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
+    "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
 }
 
 

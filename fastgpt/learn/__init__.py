@@ -1,0 +1,1 @@
+"""Learn GPT-2 by doing: climb to it, write it, open it, break it, price it."""
