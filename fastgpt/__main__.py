@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, eval."""
+"""The command `fastgpt`: info, check, bench, demo, train, generate, eval, ladder, ablate."""
 
 import argparse
 import hashlib
@@ -16,7 +16,7 @@ import torch
 import gpt
 
 from . import _kernels, bench, check, ops
-from .learn import ladder
+from .learn import ablate, ladder
 
 
 def info():
@@ -122,6 +122,7 @@ COMMANDS = {
     "generate": ("continue a prompt", on_kernels("generate")),
     "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
     "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
+    "ablate": ("variants of GPT-2: which differences are real", lambda argv: ablate.main(argv)),
 }
 
 

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import math
-import random
 import time
 from dataclasses import replace
 
@@ -34,17 +33,6 @@ def second_copy(model):
     targets = idx[:, 1:].clone()
     targets[:, : LENGTH - 1] = -1  # the first copy
     return model.loss(idx[:, :-1][:, -T:], targets[:, -T:].contiguous()).item()
-
-
-@torch.no_grad()
-def sample(model, n):
-    """What the model writes: n characters of it, or what n tokens give, on one line."""
-    idx, rng = torch.tensor([model.tokenizer.encode("\n")]), random.Random(0)
-    for _ in range(n):
-        logits = model(idx[:, -model.config.block_size :])[:, -1]
-        idx = torch.cat((idx, gpt.sample(logits, 0.8, None, None, rng)), dim=1)
-    text = model.tokenizer.decode_bytes(idx[0, 1:].tolist()).decode(errors="replace").replace("\n", " ")
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:n]
 
 
 def difference(one, other):
@@ -95,7 +83,7 @@ def measure(number, args):
         spread=spread,
         bits=loss / math.log(2),
         second_copy=second_copy(copier),
-        sample=sample(model, 92),
+        sample=experiment.sample(model, model.tokenizer, 92),
     )
 
 

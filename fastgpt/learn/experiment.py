@@ -6,9 +6,12 @@ import inspect
 import json
 import math
 import os
+import random
 import textwrap
 import time
+from types import SimpleNamespace
 
+import torch
 from torch import nn
 
 import gpt
@@ -28,13 +31,17 @@ def at_least(low, high=10**9):
     return integer
 
 
-def train(model, tokens, config, title):
-    """All steps of a run, as `fastgpt train` takes them. -> seconds; ValueError where a number is not finite"""
+def train(model, tokens, config, title, steps=None):
+    """The first `steps` of a run, or all, as `fastgpt train` takes them. -> seconds
+
+    ValueError, as gpt.train_step says it, where a loss, gradient or weight is not finite.
+    """
+    steps = steps or config.steps
     optimizer = gpt.make_optimizer(model, config.lr, config.beta2, config.weight_decay)
     started = time.perf_counter()
-    for step in range(config.steps):
+    for step in range(steps):
         loss = gpt.train_step(model, optimizer, tokens, step, config)
-        gpt.progress(f"{title}: step {step + 1} of {config.steps}, loss {loss:.3f}")
+        gpt.progress(f"{title}: step {step + 1} of {steps}, loss {loss:.3f}")
     gpt.progress("")
     return time.perf_counter() - started
 
@@ -43,6 +50,23 @@ def val_loss(model, tokens):
     """Mean nats a token, in windows of the model's block_size: all of them, or of a large text 2**18 tokens."""
     T = model.config.block_size
     return gpt.evaluate(model, tokens, max(1, 3072 // T), None if len(tokens) <= 2**18 else max(1, 2**18 // T))
+
+
+@torch.no_grad()
+def sample(model, tokenizer, n):
+    """What any model with logits writes: n characters of it, or what n tokens give, on one line."""
+    idx, rng = torch.tensor([tokenizer.encode("\n")]), random.Random(0)
+    for _ in range(n):
+        logits = model(idx[:, -model.config.block_size :])[:, -1]
+        idx = torch.cat((idx, gpt.sample(logits, 0.8, None, None, rng)), dim=1)
+    text = tokenizer.decode_bytes(idx[0, 1:].tolist()).decode(errors="replace").replace("\n", " ")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:n]
+
+
+def replaced(ops, **formulas):
+    """The formulas of `ops`, some of them exchanged, as a namespace for gpt.GPT."""
+    names = (*gpt.FORMULAS, "linear_gelu")
+    return SimpleNamespace(**{name: getattr(ops, name) for name in names} | formulas)
 
 
 def mean_and_spread(values):

@@ -17,7 +17,6 @@ et al. 2019 for 9 to 12. The climb from counts to a transformer follows Karpathy
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -181,7 +180,7 @@ class OneBlock(FourHeads):
         self.mlp = gpt.MLP(self.config, self.formulas())
 
     def formulas(self):
-        return with_activation(torch.relu, self.ops)
+        return experiment.replaced(self.ops, linear_gelu=lambda *args: torch.relu(self.ops.linear(*args)))
 
     def layers(self, x):
         x = x + self.attn(x)
@@ -252,13 +251,6 @@ def plain(model):
             nn.init.normal_(module.weight)
         elif isinstance(module, gpt.Layer) and module.weight.dim() == 2:
             module.weight.data = uniform(*module.weight.shape)
-
-
-def with_activation(activation, ops):
-    """The formulas, with another function in gelu's place."""
-    formulas = {name: getattr(ops, name) for name in gpt.FORMULAS}
-    formulas |= dict(gelu=activation, linear_gelu=lambda *args: activation(ops.linear(*args)))
-    return SimpleNamespace(**formulas)
 
 
 RUNGS = (Uniform, ByteCounts, PairCounts, FourByteCounts, LearnedPairs, LastEight, OneHead, FourHeads, OneBlock)
