@@ -3,6 +3,7 @@
 // libtorch_cpu exports a plain C function, torch_parallel_for (torch >= 2.10, torch/csrc/stable/c/shim.h). Python hands
 // its address over at import, so nothing is linked and one build serves every torch.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -32,7 +33,7 @@ inline int num_threads() {
 // thread runs a task must not matter for its result: then the bits are the same for any number of threads. `body` must
 // not throw.
 template <class Body> void parallel_tasks(int64_t tasks, int workers, const Body& body) {
-    constexpr int most = 64;
+    constexpr int64_t max_parts = 64;
     struct Part {
         alignas(64) int64_t next;
         int64_t end;
@@ -40,16 +41,18 @@ template <class Body> void parallel_tasks(int64_t tasks, int workers, const Body
     struct Context {
         const Body& body;
         int parts;
-        Part part[most];
+        Part part[max_parts];
         void run(int worker) {
             for (int i = 0; i < parts; i++) {
                 Part& p = part[(worker + i) % parts];
-                for (int64_t task; (task = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED)) < p.end;)
+                for (;;) {
+                    const int64_t task = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED);
+                    if (task >= p.end) break;
                     body(task, worker);
+                }
             }
         }
-    } context{body, workers < tasks ? workers : int(tasks), {}};
-    if (context.parts > most) context.parts = most;
+    } context{body, int(std::min({int64_t(workers), tasks, max_parts})), {}};
     for (int64_t i = 0; i < context.parts; i++)
         context.part[i] = {tasks * i / context.parts, tasks * (i + 1) / context.parts};
     if (context.parts > 1 && pool.parallel_for)

@@ -1,14 +1,12 @@
-// One SIMD register as a GNU vector type: load, store, broadcast, exp2, reduce, transpose.
+// One SIMD register as a GNU vector type: load, store, broadcast, exp2, reduce, transpose. And the helpers of all
+// kernels: min, max, ceil_div, round_up, log2e.
 //
-// No include guard: dispatch.cpp includes this file once per instruction set, each time inside another namespace, with
-// FASTGPT_VECTOR_BYTES = the width of a register
-// FASTGPT_MR, FASTGPT_NV = rows and registers per row of the microkernel's block of accumulators
 // GCC and clang lower the same operators to SSE2, AVX2, AVX-512 or NEON. Everything is written once for T = float and
 // T = double; a register holds VL values of T.
+//
+// Compiled once per instruction set (all_kernels.h).
 
 constexpr int vector_bytes = FASTGPT_VECTOR_BYTES;
-
-FASTGPT_INLINE long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 template <class T> struct simd;
 template <> struct simd<float> {
@@ -26,6 +24,14 @@ template <class T> using mask = typename simd<T>::mask;
 template <class T> constexpr int VL = vector_bytes / sizeof(T);
 
 template <class T> constexpr T max_finite = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+constexpr double log2e = 1.4426950408889634;
+
+// Of numbers, or lane by lane. A NaN in b stays: every comparison with it is false.
+template <class V> FASTGPT_INLINE constexpr V min(V a, V b) { return a < b ? a : b; }
+template <class V> FASTGPT_INLINE constexpr V max(V a, V b) { return a > b ? a : b; }
+
+FASTGPT_INLINE constexpr int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+FASTGPT_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 template <class T> FASTGPT_INLINE vec<T> load(const T* p) { // unaligned
     vec<T> v;
@@ -35,7 +41,7 @@ template <class T> FASTGPT_INLINE vec<T> load(const T* p) { // unaligned
 
 template <class T> FASTGPT_INLINE void store(T* p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
-template <class T> FASTGPT_INLINE vec<T> load_first(const T* p, int n) { // the first n lanes; zero behind them
+template <class T> FASTGPT_INLINE vec<T> load_first(const T* p, int n) { // the first n lanes; zero past them
     vec<T> v{};
     if (n >= VL<T>) return load(p);
     for (int i = 0; i < VL<T>; i++) v[i] = i < n ? p[i] : T(0);
@@ -49,8 +55,8 @@ template <class T> FASTGPT_INLINE void store_first(T* p, vec<T> v, int n) {
 }
 
 // step(c, n) for all of C values, n = VL at a time and what is left over at the end.
-template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const Step& step) {
-    long c = 0;
+template <class T, class Step> FASTGPT_INLINE void for_channels(int64_t C, const Step& step) {
+    int64_t c = 0;
     for (; c + VL<T> <= C; c += VL<T>) step(c, VL<T>);
     if (c < C) step(c, int(C - c));
 }
@@ -58,7 +64,7 @@ template <class T, class Step> FASTGPT_INLINE void for_channels(long C, const St
 // x - {} and not {} + x: 0 + x must turn -0 into 0, so GCC would emit a real addition for every broadcast.
 template <class T> FASTGPT_INLINE vec<T> broadcast(T x) { return x - vec<T>{}; }
 
-// v, rounded to T here and now: the compiler may not fuse what made it with what uses it.
+// v, rounded to T here and now: the compiler may not fuse what computed it with what uses it.
 template <class T> FASTGPT_INLINE vec<T> rounded(vec<T> v) {
 #if defined(__x86_64__)
     __asm__("" : "+v"(v));
@@ -68,11 +74,9 @@ template <class T> FASTGPT_INLINE vec<T> rounded(vec<T> v) {
     return v;
 }
 
-// Written so that a NaN in b stays: a > NaN is false.
-template <class T> FASTGPT_INLINE vec<T> max(vec<T> a, vec<T> b) { return a > b ? a : b; }
-
 template <class T> FASTGPT_INLINE bool any(mask<T> m) {
-    int64_t words[vector_bytes / 8], all = 0;
+    int64_t words[vector_bytes / 8];
+    int64_t all = 0;
     __builtin_memcpy(words, &m, sizeof m);
     for (int64_t word : words) all |= word;
     return all != 0;
@@ -85,9 +89,10 @@ template <class T> FASTGPT_INLINE bool any(mask<T> m) {
 // (2.0e-9 before rounding). With the constant exactly 1 the lower clamp gives exactly 0, so that masked keys weigh
 // nothing.
 FASTGPT_INLINE vec<float> exp2(vec<float> x) {
-    const vec<float> lowest = broadcast(-127.0f), magic = broadcast(12582912.0f);
-    x = max<float>(lowest, x);
-    vec<float> z = x + magic, f = x - (z - magic);
+    const vec<float> magic = broadcast(12582912.0f);
+    x = max(broadcast(-127.0f), x);
+    vec<float> z = x + magic;
+    const vec<float> f = x - (z - magic);
     vec<float> p = broadcast(1.53533620e-4f) * f + broadcast(1.33988739e-3f);
     p = p * f + broadcast(9.61843692e-3f);
     p = p * f + broadcast(5.55033237e-2f);
@@ -132,57 +137,22 @@ template <class T, int HALF = VL<T> / 2> FASTGPT_INLINE T sum(vec<T> v) {
     else return v[0];
 }
 
-// A VL x VL block of registers becomes its transpose: in step s, the lanes with bit s swap places with the rows with
-// bit s. log2(VL) steps of VL two-register shuffles.
+// VL registers, the rows of a matrix, become its columns: in step s, the lanes with bit s swap places with the rows
+// with bit s. log2(VL) steps of VL two-register shuffles.
 template <int N, int S> struct FirstRow {
     static constexpr int from(int i) { return i & S ? N + i - S : i; }
 };
 template <int N, int S> struct SecondRow {
     static constexpr int from(int i) { return i & S ? N + i : i + S; }
 };
-template <class T, int S = 1> FASTGPT_INLINE void transpose_block(vec<T> (&v)[VL<T>]) {
+template <class T, int S = 1> FASTGPT_INLINE void transpose_registers(vec<T> (&v)[VL<T>]) {
 #pragma GCC unroll 16
     for (int row = 0; row < VL<T>; row++)
         if (!(row & S)) {
-            const vec<T> a = v[row], b = v[row + S];
+            const vec<T> a = v[row];
+            const vec<T> b = v[row + S];
             v[row] = shuffle<FirstRow<VL<T>, S>, T>(a, b);
             v[row + S] = shuffle<SecondRow<VL<T>, S>, T>(a, b);
         }
-    if constexpr (2 * S < VL<T>) transpose_block<T, 2 * S>(v);
-}
-
-// A matrix from rows to columns, block by block: put(c, r, v) gets the values of column c in rows r .. r + VL - 1 as
-// one register, zero behind the last row. line(r) is where row r begins.
-template <class T, class Line, class Put>
-FASTGPT_INLINE void for_columns(long rows, long cols, const Line& line, const Put& put) {
-    for (long r = 0; r < rows; r += VL<T>) {
-        const T* from[VL<T>];
-        for (long i = 0; i < VL<T>; i++) from[i] = r + i < rows ? line(r + i) : nullptr;
-        vec<T> v[VL<T>];
-        long c = 0;
-        if (r + VL<T> <= rows)
-            for (; c + VL<T> <= cols; c += VL<T>) {
-#pragma GCC unroll 16
-                for (int i = 0; i < VL<T>; i++) v[i] = load(from[i] + c);
-                transpose_block<T>(v);
-#pragma GCC unroll 16
-                for (int i = 0; i < VL<T>; i++) put(c + i, r, v[i]);
-            }
-        for (; c < cols; c += VL<T>) {
-            const int width = int(cols - c < VL<T> ? cols - c : VL<T>);
-            for (int i = 0; i < VL<T>; i++) v[i] = from[i] ? load_first(from[i] + c, width) : vec<T>{};
-            transpose_block<T>(v);
-            for (int i = 0; i < width; i++) put(c + i, r, v[i]);
-        }
-    }
-}
-
-// to[c][r] = from[r][c] * scale for all r < rows, c < cols; lines are from_line and to_line values apart.
-// With `pad`, r runs on to the next multiple of VL and is zero there.
-template <class T> FASTGPT_NOINLINE void transpose(int rows, int cols, const T* from, long from_line, T* to,
-                                                   long to_line, T scale, bool pad) {
-    for_columns<T>(
-        rows, cols, [&](long r) FASTGPT_LAMBDA { return from + r * from_line; },
-        [&](long c, long r, vec<T> v)
-            FASTGPT_LAMBDA { store_first(to + c * to_line + r, v * broadcast(scale), pad ? VL<T> : int(rows - r)); });
+    if constexpr (2 * S < VL<T>) transpose_registers<T, 2 * S>(v);
 }

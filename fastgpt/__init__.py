@@ -6,6 +6,8 @@
 layer_norm, gelu, linear, attention and lm_loss have the signatures of gpt.py's functions and the same values and
 gradients; linear_gelu is gelu(linear(...)) in one pass. The environment variable FASTGPT_ISA forces an instruction set
 (see `fastgpt info`).
+
+Decoder(model) generates: all layers of a token in one call, weights in float32, bfloat16, int8 or int4.
 """
 
 import ctypes
@@ -29,7 +31,7 @@ except ImportError as error:
 
 from .ops import attention, gelu, layer_norm, linear, linear_gelu, lm_loss
 
-__all__ = ["attention", "gelu", "layer_norm", "linear", "linear_gelu", "lm_loss"]
+__all__ = ["Decoder", "attention", "gelu", "layer_norm", "linear", "linear_gelu", "lm_loss"]
 
 
 def _use_torchs_threads():
@@ -42,3 +44,11 @@ def _use_torchs_threads():
 _use_torchs_threads()
 if "FASTGPT_ISA" in os.environ:
     _kernels.set_isa(os.environ["FASTGPT_ISA"])
+
+
+def __getattr__(name):  # Decoder needs gpt.py, which those who only want the formulas may not have
+    if name == "Decoder":
+        from .decoder import Decoder
+
+        return Decoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, eval, ladder, ablate."""
+"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval; and those of fastgpt.learn."""
 
 import argparse
 import hashlib
@@ -15,8 +15,8 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, ops
-from .learn import ablate, ladder
+from . import _kernels, bench, check, generate, ops, packed
+from .learn import ablate, cost, exercise, ladder, look
 
 
 def info():
@@ -118,11 +118,16 @@ COMMANDS = {
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
     "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
-    "train": ("train a model on a text", on_kernels("train")),
-    "generate": ("continue a prompt", on_kernels("generate")),
-    "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
-    "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
     "ablate": ("variants of GPT-2: which differences are real", lambda argv: ablate.main(argv)),
+    "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
+    "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
+    "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
+    "train": ("train a model on a text", on_kernels("train")),
+    "generate": ("continue a prompt", lambda argv: generate.main(argv)),
+    "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
+    "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),
+    "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
+    "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
 }
 
 
@@ -132,7 +137,7 @@ def run(argv):
         prog="fastgpt",
         usage="fastgpt [-h] [--version] COMMAND ...",
         description="GPT-2 on fused kernels: `python gpt.py` is the same train, generate and eval on the formulas.",
-        epilog="\n".join(["commands:", *(f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items())])
+        epilog="\n".join(["commands:", *(f"  {name:<11}{what}" for name, (what, _) in COMMANDS.items())])
         + "\n\nfastgpt COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -161,7 +166,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if not isinstance(error, BrokenPipeError):
             print(f"{prog}: error: {error}", file=sys.stderr)
         drop_what_cannot_be_written()

@@ -112,11 +112,17 @@ def evaluate(function, inputs, options, dtype, wanted=None, seed=1, runs=None, a
         args[name].requires_grad_()
     with arithmetic or nullcontext(), FoldedProducts() if runs else nullcontext():
         out = call(args)
-    grad = torch.randn(out.shape[1:] if runs else out.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    grad = output_gradient(out.shape[1:] if runs else out.shape, seed).to(dtype).expand(out.shape)
     with arithmetic or nullcontext():
-        grads = torch.autograd.grad(out, [args[n] for n in wanted], grad.expand(out.shape)) if wanted else ()
+        leaves = [args[name] for name in wanted]
+        grads = torch.autograd.grad(out, leaves, grad, materialize_grads=True) if wanted else ()
     results = {"out": out.detach()} | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
     return {name: x.double() for name, x in results.items()}
+
+
+def output_gradient(shape, seed=1):
+    """The gradient of the output that `evaluate` starts from: normal random numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _to(x, dtype):
@@ -169,13 +175,22 @@ def truth_from_errors(exact, errors, dtype=torch.float32):
     return Truth(exact, deviation, spread, runs)
 
 
-def compare_results(op, shape, truth, kernel, dtype=torch.float32, formula=None):
-    """A Row for each tensor. `formula()` gives the formula's own results in dtype, for where the kernel's are infinite.
+def largest_error(truth, name):
+    """How far each element of a result may be from the truth: a tensor of its shape.
 
     With R runs, a deviation is known as the root of a chi-square of R degrees of freedom over R; a normal error e of
     that deviation s exceeds t s with a chance below 2 (1 + t^2 / R)^(-R/2) (Chernoff's bound on both), which for N
-    elements and a chance p of one false alarm among them gives t. Mean squares: Laurent and Massart (2000), Lemma 1,
-    for as many independent squares as have the spread that the runs' mean squares have.
+    elements and a chance p of one false alarm among them gives t.
+    """
+    R, N = truth.runs, truth.exact[name].numel()
+    return math.sqrt(R * ((4 * max(N, 1) / FALSE_ALARM) ** (2 / R) - 1)) * truth.deviation[name]
+
+
+def compare_results(op, shape, truth, kernel, dtype=torch.float32, formula=None):
+    """A Row for each tensor. `formula()` gives the formula's own results in dtype, for where the kernel's are infinite.
+
+    Single elements are held to `largest_error`, mean squares to a bound of Laurent and Massart (2000), Lemma 1, for as
+    many independent squares as have the spread that the runs' mean squares have.
     """
     R, x = truth.runs, math.log(2 / FALSE_ALARM)
     rows = []
@@ -186,7 +201,6 @@ def compare_results(op, shape, truth, kernel, dtype=torch.float32, formula=None)
         lost = finite & ~got.isfinite()
         if lost.any():  # no shame where the formula's own arithmetic overflows
             wrong |= lost & formula()[name].isfinite() if formula else lost
-        t = math.sqrt(R * ((4 * max(N, 1) / FALSE_ALARM) ** (2 / R) - 1))
         limit = R / (R - 2) * (1 + math.sqrt(2 * truth.spread[name] * x) + truth.spread[name] * x)
         row = Row(op, tuple(shape), name, 0.0, 0.0, 0.0, math.sqrt(limit), _describe(wrong, got, expected))
         if N:
@@ -194,7 +208,7 @@ def compare_results(op, shape, truth, kernel, dtype=torch.float32, formula=None)
             deviation = truth.deviation[name].flatten()
             units = error / deviation
             nearest = units.argmax()
-            row.kernel, row.bound = error[nearest].item(), t * deviation[nearest].item()
+            row.kernel, row.bound = error[nearest].item(), largest_error(truth, name).flatten()[nearest].item()
             row.rms = units.square().mean().sqrt().item()
         rows.append(row)
     return rows

@@ -4,9 +4,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import fastgpt
 import gpt
+
+# Random cases: the same at every run. `pytest --hypothesis-profile=more` tries many more, others each time.
+for name, cases, always_the_same in (("quick", 25, True), ("all", 250, True), ("more", 3000, False)):
+    settings.register_profile(
+        name,
+        max_examples=cases,
+        derandomize=always_the_same,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--hypothesis-profile") is None:
+        settings.load_profile("quick" if "not slow" in config.option.markexpr else "all")
+
 
 SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=48, block_size=40, vocab_size=97)
 
@@ -38,6 +56,12 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """For models too small for two, which would wait for each other more than compute."""
+    threads(1)
 
 
 @pytest.fixture

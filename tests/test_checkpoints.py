@@ -67,6 +67,7 @@ def refused(argv, *words, ops=None):
 # ------------------------------------------------------------------------------------------------- interrupts
 
 
+@pytest.mark.slow
 def test_runs_interrupted_by_signals_end_with_the_same_weights():
     run = subprocess.run(
         [sys.executable, HERE / "interrupts.py", "6", "1"], capture_output=True, text=True, timeout=600
@@ -118,6 +119,7 @@ def interrupted_at(place, times, function):
         sys.settrace(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", (1, 2))
 def test_interrupt_before_any_line_loses_nothing(data, tmp_path, times, capsys):
     argv = ["--data", data, *TINY, "--steps", "4"]
@@ -607,6 +609,7 @@ def test_negative_seed_and_extreme_temperatures_generate(data, out, capsys):
     gpt.main(["generate", "--model", str(out), "--max-new-tokens", "3", "--prompt", "\udcff"])  # bytes that are no text
 
 
+@pytest.mark.slow
 def test_pipe_that_nobody_reads_is_silent(data, out):
     train(out, "--data", data, *TINY)
     command = f"{sys.executable} {gpt.__file__} generate --model {out} --samples 3000 --max-new-tokens 4 | head -n 1"

@@ -17,7 +17,7 @@ import fastgpt
 from fastgpt import __main__ as front
 from fastgpt import bench, check
 
-COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "eval")
+COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "quantize", "dequantize", "eval")
 VERSION = f"fastgpt {importlib.metadata.version('fastgpt')}"
 
 
@@ -42,6 +42,7 @@ def test_info_tells_versions_instruction_set_and_threads(tmp_path):
     assert "torch's own pool" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fastgpt._kernels.isas())
 def test_environment_forces_an_instruction_set(name, tmp_path):
     run = fastgpt_command("info", cwd=tmp_path, FASTGPT_ISA=name)
@@ -53,6 +54,7 @@ def test_unknown_instruction_set_is_an_error(tmp_path):
     assert run.returncode != 0 and "FASTGPT_ISA is 'mmx', expected one of: " in run.stderr
 
 
+@pytest.mark.slow
 def test_check_prints_a_table_and_succeeds(tmp_path):
     run = fastgpt_command("check", "--quick", cwd=tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -60,12 +62,14 @@ def test_check_prints_a_table_and_succeeds(tmp_path):
 
 
 def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(check, "CASES", {"gelu": check.CASES["gelu"]})
     monkeypatch.setattr(check.ops, "gelu", torch.nn.functional.gelu)  # the erf form
     with pytest.raises(SystemExit) as status:
         check.main(["--quick"])
     assert status.value.code == 1 and "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_writes_its_figures(tmp_path, capsys):
     json_file, report = tmp_path / "figures.json", tmp_path / "report.md"
     bench.main(["--quick", "--seconds", "0.001", "--json", str(json_file), "--markdown", str(report)])
@@ -120,7 +124,8 @@ def results(cpu, ratio):
     return dict(about=about, limits=dict(gflops=1.0, gbs=1.0), rows=[row(ratio=ratio)])
 
 
-def test_markdown_replaces_the_section_of_the_same_machine_alone(tmp_path):
+def test_markdown_replaces_the_section_of_the_same_machine_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it would stand before the command
     path = tmp_path / "benchmarks.md"
     for cpu, ratio in (("first", 1.11), ("second", 2.22), ("first", 3.33)):
         bench.write_markdown(path, results(cpu, ratio), ["--seconds", "1"])

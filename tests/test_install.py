@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 import fastgpt
 import gpt
 
@@ -17,6 +19,7 @@ def test_folders_of_the_same_names_do_not_hide_it(tmp_path):
     assert run.stdout.splitlines() == [gpt.__file__, fastgpt.__file__], run.stderr
 
 
+@pytest.mark.slow
 def test_gpt_py_needs_nothing_of_the_project(tmp_path):
     # README: copy it to an empty folder and it trains; so the copy there is what is imported
     shutil.copy(gpt.__file__, tmp_path)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_parity import assert_parity
+from parity import assert_parity, slow
 
 import fastgpt
 import gpt
@@ -65,6 +65,7 @@ def losses_of_steps(config, ops, dtype, seed, arithmetic=None):
     return {"losses": torch.tensor(losses, dtype=torch.float64)}
 
 
+@pytest.mark.slow
 def test_losses_of_20_optimizer_steps(small, seed=0):
     """The kernels' losses stay as near to float64's as rounding lets the formulas' stay."""
     exact, runs = losses_of_steps(small, None, torch.float64, seed), 12
@@ -106,7 +107,7 @@ def test_bits_of_a_model_do_not_depend_on_threads_or_runs(small, threads):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", ("aot_eager", *slow("inductor")))
 def test_compiled_model_gives_the_same_loss(small, backend, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     _, model = twins(small)

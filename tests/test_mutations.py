@@ -245,6 +245,7 @@ def test_without_its_fault_a_mutant_is_not_caught(op, shape, twin):
     assert not caught(check.compare(op, shape, kernel=twin))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", check.CASES)
 def test_the_formula_itself_is_not_caught(op):
     for shape in check.CASES[op][:5]:

@@ -122,6 +122,7 @@ def test_text_without_a_file_gives_the_same_tokens(tokenizer):
     assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == gpt.load_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", (b"the quick brown fox jumps over the lazy dog\n", b"ACGTTGCA", "日本語".encode()))
 def test_encoding_takes_little_memory(tmp_path, line):
     size = 30_000_000

@@ -12,6 +12,8 @@ import torch
 import fastgpt
 import gpt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --steps 12 --eval-every 4 --sample 5 --warmup 2".split()
 
@@ -174,6 +176,7 @@ def test_errors_of_use_are_one_line(argv, message, tmp_path, monkeypatch):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_gpt_py_alone_trains_and_generates(tmp_path):
     """In an empty folder, with torch, numpy, tiktoken and safetensors: any other import that pip brought fails."""
     (tmp_path / "gpt.py").write_bytes(Path(gpt.__file__).read_bytes())

@@ -1,1 +1,1 @@
-"""Learn GPT-2 by doing: climb to it, write it, open it, break it, price it."""
+"""Learn GPT-2 by doing: climb, write, open, break, price. docs/course.md is the path through these commands."""

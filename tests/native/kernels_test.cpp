@@ -30,7 +30,7 @@ template <class T> using Values = std::vector<T>;
 template <class To, class From> Values<To> as(const Values<From>& x) { return Values<To>(x.begin(), x.end()); }
 
 static std::mt19937_64 generator(1);
-static Values<Real> normal(long n, double scale = 1, double shift = 0) {
+static Values<Real> normal(int64_t n, double scale = 1, double shift = 0) {
     std::normal_distribution<double> d(shift, scale);
     Values<Real> x(n);
     for (auto& v : x) v = float(d(generator)); // exact in every type
@@ -104,13 +104,16 @@ template <class T> void compare(const std::string& what, const Values<Real>& tru
     }
 }
 
-// One formula evaluated in R; `run` gets the inputs in R and returns all results, one behind the other.
+// One formula evaluated in R; `run` gets the inputs in R and returns all results, one after the other.
 using Inputs = std::vector<Values<Real>>;
 template <class T, class Formula, class Kernel>
 void check(const std::string& what, const Inputs& inputs, const Formula& formula, const Kernel& kernel) {
     std::vector<Values<T>> typed;
     std::vector<Values<Noisy>> noisy;
-    for (const auto& x : inputs) typed.push_back(as<T>(x)), noisy.push_back(as<Noisy>(x));
+    for (const auto& x : inputs) {
+        typed.push_back(as<T>(x));
+        noisy.push_back(as<Noisy>(x));
+    }
     const auto truth = formula(inputs);
     const auto fast = kernel(typed);
     std::vector<std::vector<Values<Noisy>>> sample(truth.size());
@@ -126,30 +129,33 @@ template <class T> const KernelsFor<T>& of(const Kernels& k);
 template <> const KernelsFor<float>& of(const Kernels& k) { return k.f32; }
 template <> const KernelsFor<double>& of(const Kernels& k) { return k.f64; }
 
-template <class T> Rows<const T> rows(const Values<T>& x, long width) {
-    return Rows<const T>::contiguous(x.data(), width ? long(x.size()) / width : 0, width);
+template <class T> Rows<const T> rows(const Values<T>& x, int64_t width) {
+    return Rows<const T>::contiguous(x.data(), width ? int64_t(x.size()) / width : 0, width);
 }
 
-template <class T> void layer_norm(const Kernels& k, const std::string& isa, long R, long C) {
+template <class T> void layer_norm(const Kernels& k, const std::string& isa, int64_t R, int64_t C) {
     const auto formula = [=](const auto& in) {
         using V = std::decay_t<decltype(in[0])>;
         using F = typename V::value_type;
-        const V &x = in[0], &w = in[1], &b = in[2], &g = in[3];
+        const V &x = in[0], &w = in[1], &b = in[2], &dy = in[3];
         V y(R * C), dx(R * C), dw(C), db(C);
-        for (long r = 0; r < R; r++) {
-            F mean = 0, variance = 0, a = 0, c = 0;
-            for (long i = 0; i < C; i++) mean += x[r * C + i];
+        for (int64_t r = 0; r < R; r++) {
+            F mean = 0, variance = 0, sum_g = 0, sum_gx = 0;
+            for (int64_t i = 0; i < C; i++) mean += x[r * C + i];
             mean /= F(C);
-            for (long i = 0; i < C; i++) variance += (x[r * C + i] - mean) * (x[r * C + i] - mean);
+            for (int64_t i = 0; i < C; i++) variance += (x[r * C + i] - mean) * (x[r * C + i] - mean);
             const F rstd = 1 / sqrt(variance / F(C) + F(1e-5L));
-            for (long i = 0; i < C; i++) {
+            for (int64_t i = 0; i < C; i++) {
                 const F xhat = (x[r * C + i] - mean) * rstd;
                 y[r * C + i] = xhat * w[i] + b[i];
-                dw[i] += g[r * C + i] * xhat, db[i] += g[r * C + i];
-                a += g[r * C + i] * w[i], c += g[r * C + i] * w[i] * xhat;
+                dw[i] += dy[r * C + i] * xhat;
+                db[i] += dy[r * C + i];
+                sum_g += dy[r * C + i] * w[i];
+                sum_gx += dy[r * C + i] * w[i] * xhat;
             }
-            for (long i = 0; i < C; i++)
-                dx[r * C + i] = rstd * (g[r * C + i] * w[i] - a / F(C) - (x[r * C + i] - mean) * rstd * c / F(C));
+            for (int64_t i = 0; i < C; i++)
+                dx[r * C + i] =
+                    rstd * (dy[r * C + i] * w[i] - sum_g / F(C) - (x[r * C + i] - mean) * rstd * sum_gx / F(C));
         }
         return std::vector<V>{y, dx, dw, db};
     };
@@ -168,12 +174,12 @@ template <class F> F gelu(F x) {
     return x / 2 * (1 + tanh(F(0.797884560802865355879892119868763737L) * (x + F(0.044715L) * x * x * x)));
 }
 
-template <class T> void gelus(const Kernels& k, const std::string& isa, long R, long C) {
+template <class T> void gelus(const Kernels& k, const std::string& isa, int64_t R, int64_t C) {
     const auto formula = [=](const auto& in) {
         using V = std::decay_t<decltype(in[0])>;
         using F = typename V::value_type;
         V y(R * C), dx(R * C);
-        for (long i = 0; i < R * C; i++) {
+        for (int64_t i = 0; i < R * C; i++) {
             const F x = in[0][i], root = F(0.797884560802865355879892119868763737L),
                     t = tanh(root * (x + F(0.044715L) * x * x * x));
             y[i] = gelu(x);
@@ -189,19 +195,20 @@ template <class T> void gelus(const Kernels& k, const std::string& isa, long R, 
     });
 }
 
-template <class T>
-void matmul(const Kernels& k, const std::string& isa, long M, long N, long K, bool A_transposed, bool B_transposed) {
+template <class T> void matmul(const Kernels& k, const std::string& isa, int64_t M, int64_t N, int64_t K,
+                               bool A_transposed, bool B_transposed) {
     const auto formula = [=](const auto& in) {
         using V = std::decay_t<decltype(in[0])>;
         using F = typename V::value_type;
         V c(M * N), y(M * N), g(M * N);
-        for (long m = 0; m < M; m++)
-            for (long n = 0; n < N; n++) {
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t n = 0; n < N; n++) {
                 F sum = 0;
-                for (long i = 0; i < K; i++)
+                for (int64_t i = 0; i < K; i++)
                     sum += in[0][A_transposed ? i * M + m : m * K + i] * in[1][B_transposed ? n * K + i : i * N + n];
                 c[m * N + n] = in[3][m * N + n] + sum;
-                y[m * N + n] = sum + in[2][n], g[m * N + n] = gelu(sum + in[2][n]);
+                y[m * N + n] = sum + in[2][n];
+                g[m * N + n] = gelu(sum + in[2][n]);
             }
         return std::vector<V>{c, y, g, g};
     };
@@ -217,28 +224,34 @@ void matmul(const Kernels& k, const std::string& isa, long M, long N, long K, bo
              });
 }
 
-template <class T> void lm_loss(const Kernels& k, const std::string& isa, long M, long C, long V_) {
+template <class T> void lm_loss(const Kernels& k, const std::string& isa, int64_t M, int64_t C, int64_t V_) {
     std::vector<int64_t> targets(M);
-    long count = 0;
-    for (long i = 0; i < M; i++) targets[i] = i % 5 == 3 ? -1 : int64_t(generator() % V_), count += targets[i] >= 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < M; i++) {
+        targets[i] = i % 5 == 3 ? -1 : int64_t(generator() % V_);
+        count += targets[i] >= 0;
+    }
     const auto formula = [=](const auto& in) {
         using V = std::decay_t<decltype(in[0])>;
         using F = typename V::value_type;
         const V &h = in[0], &w = in[1];
         V loss(1), dh(M * C), dw(V_ * C), l(V_);
-        for (long m = 0; m < M; m++) {
+        for (int64_t m = 0; m < M; m++) {
             if (targets[m] < 0) continue;
-            F top = -1e30, sum = 0;
-            for (long v = 0; v < V_; v++) {
+            F row_max = -1e30, row_sum = 0;
+            for (int64_t v = 0; v < V_; v++) {
                 l[v] = 0;
-                for (long c = 0; c < C; c++) l[v] += h[m * C + c] * w[v * C + c];
-                top = std::max(top, l[v]);
+                for (int64_t c = 0; c < C; c++) l[v] += h[m * C + c] * w[v * C + c];
+                row_max = std::max(row_max, l[v]);
             }
-            for (long v = 0; v < V_; v++) sum += exp(l[v] - top);
-            loss[0] += (log(sum) + top - l[targets[m]]) / F(count);
-            for (long v = 0; v < V_; v++) {
-                const F dl = (exp(l[v] - top) / sum - F(v == targets[m])) / F(count);
-                for (long c = 0; c < C; c++) dh[m * C + c] += dl * w[v * C + c], dw[v * C + c] += dl * h[m * C + c];
+            for (int64_t v = 0; v < V_; v++) row_sum += exp(l[v] - row_max);
+            loss[0] += (log(row_sum) + row_max - l[targets[m]]) / F(count);
+            for (int64_t v = 0; v < V_; v++) {
+                const F dl = (exp(l[v] - row_max) / row_sum - F(v == targets[m])) / F(count);
+                for (int64_t c = 0; c < C; c++) {
+                    dh[m * C + c] += dl * w[v * C + c];
+                    dw[v * C + c] += dl * h[m * C + c];
+                }
             }
         }
         return std::vector<V>{loss, dh, dw};
@@ -250,33 +263,46 @@ template <class T> void lm_loss(const Kernels& k, const std::string& isa, long M
     });
 }
 
-template <class T> void attention(const Kernels& k, const std::string& isa, long B, long T_, long H, long D) {
-    const long C = H * D;
+template <class T>
+void attention(const Kernels& k, const std::string& isa, int64_t B, int64_t T_, int64_t H, int64_t D) {
+    const int64_t C = H * D;
     const auto formula = [=](const auto& in) {
         using V = std::decay_t<decltype(in[0])>;
         using F = typename V::value_type;
-        const V &x = in[0], &g = in[1];
+        const V &x = in[0], &dout = in[1];
         V out(B * T_ * C), dx(B * T_ * 3 * C), p(T_), dp(T_);
         const F scale = 1 / sqrt(F(D));
-        for (long b = 0; b < B; b++)
-            for (long h = 0; h < H; h++)
-                for (long i = 0; i < T_; i++) {
-                    const auto at = [&](long t, long part) { return (b * T_ + t) * 3 * C + part * C + h * D; };
-                    const long o = (b * T_ + i) * C + h * D;
-                    F top = -1e30, sum = 0, mean = 0;
-                    for (long j = 0; j <= i; j++) {
-                        p[j] = dp[j] = 0;
-                        for (long d = 0; d < D; d++)
-                            p[j] += x[at(i, 0) + d] * x[at(j, 1) + d], dp[j] += g[o + d] * x[at(j, 2) + d];
-                        p[j] *= scale, top = std::max(top, p[j]);
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t h = 0; h < H; h++)
+                for (int64_t i = 0; i < T_; i++) {
+                    const auto at = [&](int64_t t, int64_t part) { return (b * T_ + t) * 3 * C + part * C + h * D; };
+                    const int64_t o = (b * T_ + i) * C + h * D;
+                    F row_max = -1e30, row_sum = 0, mean = 0;
+                    for (int64_t j = 0; j <= i; j++) {
+                        p[j] = 0;
+                        dp[j] = 0;
+                        for (int64_t d = 0; d < D; d++) {
+                            p[j] += x[at(i, 0) + d] * x[at(j, 1) + d];
+                            dp[j] += dout[o + d] * x[at(j, 2) + d];
+                        }
+                        p[j] *= scale;
+                        row_max = std::max(row_max, p[j]);
                     }
-                    for (long j = 0; j <= i; j++) sum += p[j] = exp(p[j] - top);
-                    for (long j = 0; j <= i; j++) p[j] /= sum, mean += p[j] * dp[j];
-                    for (long j = 0; j <= i; j++)
-                        for (long d = 0; d < D; d++) {
+                    for (int64_t j = 0; j <= i; j++) {
+                        p[j] = exp(p[j] - row_max);
+                        row_sum += p[j];
+                    }
+                    for (int64_t j = 0; j <= i; j++) {
+                        p[j] /= row_sum;
+                        mean += p[j] * dp[j];
+                    }
+                    for (int64_t j = 0; j <= i; j++)
+                        for (int64_t d = 0; d < D; d++) {
                             const F ds = p[j] * (dp[j] - mean) * scale;
-                            out[o + d] += p[j] * x[at(j, 2) + d], dx[at(j, 2) + d] += p[j] * g[o + d];
-                            dx[at(i, 0) + d] += ds * x[at(j, 1) + d], dx[at(j, 1) + d] += ds * x[at(i, 0) + d];
+                            out[o + d] += p[j] * x[at(j, 2) + d];
+                            dx[at(j, 2) + d] += p[j] * dout[o + d];
+                            dx[at(i, 0) + d] += ds * x[at(j, 1) + d];
+                            dx[at(j, 1) + d] += ds * x[at(i, 0) + d];
                         }
                 }
         return std::vector<V>{out, dx};
@@ -285,24 +311,30 @@ template <class T> void attention(const Kernels& k, const std::string& isa, long
              [&](const std::vector<Values<T>>& in) {
                  Values<T> out(B * T_ * C), dx(B * T_ * 3 * C), stats(2 * B * H * T_);
                  const AttentionShape shape{B, T_, H, D, 0, 0};
-                 const Sequence<const T> qkv{in[0].data(), T_ * 3 * C, 3 * C}, g{in[1].data(), T_ * C, C};
+                 const Sequence<const T> qkv{in[0].data(), T_ * 3 * C, 3 * C};
+                 const Sequence<const T> dout{in[1].data(), T_ * C, C};
                  of<T>(k).attention_forward(shape, qkv, out.data(), stats.data());
-                 of<T>(k).attention_backward(shape, g, qkv, {out.data(), T_ * C, C}, stats.data(), dx.data());
+                 of<T>(k).attention_backward(shape, dout, qkv, {out.data(), T_ * C, C}, stats.data(), dx.data());
                  return std::vector<Values<T>>{out, dx};
              });
 }
 
 template <class T> void all(const Kernels& k, const std::string& isa) {
-    for (long C : {5, 48, 769}) layer_norm<T>(k, isa, 37, C);
-    for (long C : {1, 31, 9000}) gelus<T>(k, isa, 3, C);
+    for (int64_t C : {5, 48, 769}) layer_norm<T>(k, isa, 37, C);
+    for (int64_t C : {1, 31, 9000}) gelus<T>(k, isa, 3, C);
     for (bool a : {false, true})
         for (bool b : {false, true}) {
-            matmul<T>(k, isa, 65, 51, 300, a, b), matmul<T>(k, isa, 1, 1, 1, a, b), matmul<T>(k, isa, 96, 96, 64, a, b);
-            matmul<T>(k, isa, 530, 33, 20, a, b), matmul<T>(k, isa, 3, 5, 0, a, b);
+            matmul<T>(k, isa, 65, 51, 300, a, b);
+            matmul<T>(k, isa, 1, 1, 1, a, b);
+            matmul<T>(k, isa, 96, 96, 64, a, b);
+            matmul<T>(k, isa, 530, 33, 20, a, b);
+            matmul<T>(k, isa, 3, 5, 0, a, b);
         }
-    lm_loss<T>(k, isa, 9, 16, 5003), lm_loss<T>(k, isa, 70, 33, 65);
-    for (long t : {1, 2, 63, 65, 97, 130}) attention<T>(k, isa, t < 97 ? 2 : 1, t, 2, t % 2 ? 16 : 64);
-    attention<T>(k, isa, 1, 100, 1, 5), attention<T>(k, isa, 1, 130, 1, 80);
+    lm_loss<T>(k, isa, 9, 16, 5003);
+    lm_loss<T>(k, isa, 70, 33, 65);
+    for (int64_t t : {1, 2, 63, 65, 97, 130}) attention<T>(k, isa, t < 97 ? 2 : 1, t, 2, t % 2 ? 16 : 64);
+    attention<T>(k, isa, 1, 100, 1, 5);
+    attention<T>(k, isa, 1, 130, 1, 80);
     attention<T>(k, isa, 1, 40, 1, 600);
 }
 
