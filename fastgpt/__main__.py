@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval; and those of fastgpt.learn."""
+"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval; and those of learn/."""
 
 import argparse
 import hashlib

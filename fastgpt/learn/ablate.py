@@ -51,6 +51,13 @@ def gpt2(config, ops):
     return gpt.GPT(config, ops)
 
 
+@variant("same", "", "what equals differ by, here")
+def same(config, ops):
+    """GPT-2 again, from other first weights: a difference of this size means nothing"""
+    torch.rand(1)  # the generator is one number further
+    return gpt.GPT(config, ops)
+
+
 # ------------------------------------------------------------------------------------------------------ Positions
 
 
@@ -58,6 +65,7 @@ def gpt2(config, ops):
 def rope(config, ops):
     """rotary: queries and keys turn by an angle that grows with the position; nothing is added"""
     D = config.n_embd // config.n_head
+    gpt.expect(D % 2 == 0, f"rope: n_embd / n_head is {D}, expected an even number: two channels turn together")
     angles = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, D, 2) / D))
     turns = torch.polar(torch.ones_like(angles), angles)  # (T, D / 2), complex
 

@@ -16,6 +16,8 @@ from . import experiment, ladder
 from .ladder import CONFIG, RUNGS, LearnedPairs, Pretrained, Uniform
 
 LETTERS, LENGTH, COPIES = 10, 12, 4  # of the random strings; 12 is more than rung 5 sees
+MOST = 50_000_000  # bytes to count: 6 GB of memory
+COPY_STEPS = 500  # at most, on the strings
 CHANCE = math.log(LETTERS)  # nats a letter
 
 
@@ -48,9 +50,9 @@ def nats_a_byte(model, path):
     return experiment.val_loss(model, val) * (len(val) - 1) / n_bytes
 
 
-def fitted(number, args, tokens, seed, title):
+def fitted(number, args, tokens, steps, seed, title):
     """A rung that has learned from `tokens`. -> the model, seconds"""
-    config = gpt.TrainConfig(steps=args.steps, seed=gpt.TrainConfig.seed + seed)  # the first as in `fastgpt train`
+    config = gpt.TrainConfig(steps=steps, seed=gpt.TrainConfig.seed + seed)  # the first as in `fastgpt train`
     torch.manual_seed(config.seed)
     if RUNGS[number] is Pretrained:
         model = Pretrained.load(args.pretrained, ops)
@@ -65,11 +67,12 @@ def measure(number, args):
     """Train a rung with every seed, and once more on strings that repeat. -> its row of the table"""
     tokens, _ = gpt.load_tokens(args.data, Uniform.tokenizer, args.block_size)
     learns = issubclass(RUNGS[number], LearnedPairs) and RUNGS[number] is not Pretrained
-    runs = [fitted(number, args, tokens, seed, f", seed {seed + 1}") for seed in range(args.seeds if learns else 1)]
+    seeds = range(args.seeds if learns else 1)
+    runs = [fitted(number, args, tokens, args.steps, seed, f", seed {seed + 1}") for seed in seeds]
     losses = [nats_a_byte(model, args.data) for model, _ in runs]
     loss, spread = experiment.mean_and_spread(losses)
     model, _ = runs[0]
-    copier, _ = fitted(number, args, repeats(4096, seed=0), 0, ", strings that repeat")
+    copier, _ = fitted(number, args, repeats(4096, seed=0), min(args.steps, COPY_STEPS), 0, ", strings that repeat")
     counted = int((model.table[1] > 0).sum()) if hasattr(model, "table") else 0
     return dict(
         rung=number,
@@ -165,7 +168,11 @@ def climb(numbers, args):
     experiment.try_files(args.json, args.plot)
     if 12 in numbers:
         Pretrained.load(args.pretrained, ops)  # is it there?
-    gpt.load_tokens(args.data, Uniform.tokenizer, max(args.block_size, 128 if 11 in numbers else 1))
+    tokens, _ = gpt.load_tokens(args.data, Uniform.tokenizer, max(args.block_size, 128 if 11 in numbers else 1))
+    if len(tokens) > MOST and any(RUNGS[number].fit is ladder.ByteCounts.fit for number in numbers):
+        raise ValueError(
+            f"--data has {len(tokens):,} bytes to train on, expected at most {MOST:,}: counting takes memory"
+        )
     text = args.data or "Python's own help texts"
     print(f"{text}; {args.steps} steps; {args.seeds} {'seed' if args.seeds == 1 else 'seeds'}")
     print(f"{'rung':<40}{'lines':>5}{'parameters':>13}{'seconds':>8}{'nats a byte':>18}{'bits':>6}{'2nd copy':>9}")

@@ -9,6 +9,7 @@ import os
 import random
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -78,12 +79,15 @@ def mean_and_spread(values):
 
 
 def write_json(path, results):
-    """Replace the file by a whole new one: whatever happens, it is the old or the new."""
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def write_whole(path, write):
+    """write(another name), then rename: whatever happens, `path` is the whole new file, or still the old one."""
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1, allow_nan=False)
-            file.write("\n")
+        write(temporary)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -95,6 +99,7 @@ def try_files(json_path, plot_path):
     for path in (json_path, plot_path):
         if path is not None:
             bench.try_file(path)
+            bench.try_file(f"{path}.tmp")  # see write_whole
     if plot_path is not None:
         known = bench.import_pyplot().figure().canvas.get_supported_filetypes()
         if os.path.splitext(plot_path)[1][1:] not in known:
@@ -102,15 +107,8 @@ def try_files(json_path, plot_path):
 
 
 def save_figure(figure, path):
-    """As write_json: whole or not at all."""
-    stem, ending = os.path.splitext(path)
-    temporary = f"{stem}.tmp{ending}"
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    ending = os.path.splitext(path)[1][1:]
+    write_whole(path, lambda name: figure.savefig(name, dpi=120, format=ending))
 
 
 def lines_of(x):

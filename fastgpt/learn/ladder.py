@@ -95,9 +95,10 @@ def count(tokens, past, longest):
     """How often each byte follows each past of 1 to `longest` bytes: pasts (N), ordered, and counts (N, V)."""
     tokens, V = torch.from_numpy(tokens.astype(np.int64)), CONFIG.vocab_size
     windows = [tokens.unfold(0, n + 1, 1) for n in range(1, longest + 1)]  # each (len(tokens) - n, n + 1)
-    pasts, row = torch.cat([past(x[:, :-1])[:, -1] for x in windows]).unique(return_inverse=True)
-    cells = row * V + torch.cat([x[:, -1] for x in windows])
-    return pasts, torch.bincount(cells, minlength=len(pasts) * V).view(-1, V).float()
+    pasts, following = (torch.cat(x) for x in zip(*((past(x[:, :-1])[:, -1], x[:, -1]) for x in windows), strict=True))
+    seen = pasts.bincount() > 0
+    cells = (seen.cumsum(0) - 1)[pasts] * V + following  # a row for each past that occurs
+    return seen.nonzero()[:, 0], cells.bincount(minlength=int(seen.sum()) * V).view(-1, V).float()
 
 
 def choose_a(model, tokens):
@@ -105,7 +106,7 @@ def choose_a(model, tokens):
     cut, losses = len(tokens) * 9 // 10, {}
     model.table = count(tokens[:cut], model.past, model.longest)
     for model.a in (1.0, 0.1, 0.01, 0.001):
-        losses[model.a] = gpt.evaluate(model, tokens[cut:], 48)
+        losses[model.a] = experiment.val_loss(model, tokens[cut:])
     return min(losses, key=losses.get)
 
 

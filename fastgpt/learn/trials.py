@@ -5,8 +5,10 @@ import inspect
 import json
 import math
 import os
+import statistics
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,26 +24,37 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 OPTIONS = (*SIZES, "batch_size", "lr")  # of gpt.TrainConfig, that the command line takes
 
 
+def build(v, config):
+    torch.manual_seed(config.seed)
+    sizes = {name: getattr(config, name) for name in SIZES}
+    return v.build(gpt.GPTConfig(**sizes, vocab_size=TOKENIZER.n_vocab), ops)
+
+
 def measure(v, config, tokens, val, title):
     """One run of a variant. -> its figures; a loss of None means that it diverged"""
-    sizes = {name: getattr(config, name) for name in SIZES}
-    torch.manual_seed(config.seed)
-    model = v.build(gpt.GPTConfig(**sizes, vocab_size=TOKENIZER.n_vocab), ops)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model, loss = build(v, config), math.nan
     try:
-        seconds = experiment.train(model, tokens, replace(config, **v.options), title, config.steps)
+        experiment.train(model, tokens, replace(config, **v.options), title, config.steps)
+        loss = gpt.evaluate(model, val, 48, 512)
     except ValueError as error:
         if not str(error).startswith("step "):  # what gpt.train_step says of numbers that are not finite
             raise
-        return dict(loss=None, diverged=str(error), parameters=parameters)
-    return dict(
-        loss=gpt.evaluate(model, val, 48, 512),
-        end=loss_at_the_end(model, val),
-        parameters=parameters,
-        causal=is_causal(model, val),
-        ms=seconds / config.steps * 1e3,
-        sample=experiment.sample(model, TOKENIZER, 92),
-    )
+    figures = dict(loss=None, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    if not math.isfinite(loss):
+        return figures
+    end, sample = loss_at_the_end(model, val), experiment.sample(model, TOKENIZER, 92)
+    return figures | dict(loss=loss, end=end, causal=is_causal(model, val), sample=sample)
+
+
+def step_times(names, config, tokens):
+    """Medians of what a step of each variant takes, in turns: {name: ms}. Two at a time need little memory."""
+    steps = {}
+    for name in names:
+        v = VARIANTS[name]
+        model, options = build(v, config), replace(config, **v.options)
+        optimizer = gpt.make_optimizer(model, options.lr, options.beta2, options.weight_decay)
+        steps[name] = partial(gpt.train_step, model, optimizer, tokens, 0, options)
+    return {name: statistics.median(times) * 1e3 for name, times in bench.interleaved(steps, 0, least=7).items()}
 
 
 @torch.no_grad()
@@ -69,13 +82,10 @@ def interval(differences):
     mean, deviation = experiment.mean_and_spread(differences)
     if deviation is None:
         return mean, None
-    n = len(differences)
-    t = np.linspace(0, 100, 2_000_001)
-    density = (
-        math.gamma(n / 2) / math.gamma((n - 1) / 2) / math.sqrt((n - 1) * math.pi) * (1 + t**2 / (n - 1)) ** (-n / 2)
-    )
-    quantile = np.interp(0.475, np.cumsum(density) * (t[1] - t[0]), t)
-    return mean, float(quantile) * deviation / math.sqrt(n)
+    n, t = len(differences), np.linspace(0, 100, 2_000_001)
+    scale = math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / math.sqrt((n - 1) * math.pi)
+    share = np.cumsum(scale * (1 + t**2 / (n - 1)) ** (-n / 2)) * (t[1] - t[0])  # of the distribution, from 0 to t
+    return mean, float(np.interp(0.475, share, t)) * deviation / math.sqrt(n)
 
 
 def code(v):
@@ -83,61 +93,77 @@ def code(v):
     return f"{zlib.crc32(f'{inspect.getsource(v.build)}{v.options}'.encode()):08x}"
 
 
+def complete(figures):
+    """Does a run from a file have all that the tables ask for? KeyError or TypeError if not."""
+    _ = figures["parameters"] + 1
+    if figures["loss"] is not None:
+        _ = figures["loss"] + figures["end"], figures["causal"], figures["sample"] + ""
+
+
 class Runs:
     """The finished runs in a JSON file, replaced as a whole after each. The same command goes on from there."""
 
     def __init__(self, path, settings):
-        self.path, self.settings, self.runs = path, settings, {}
+        self.path, self.settings, self.runs, self.rows = path, settings, {}, []
         if not os.path.exists(path):
-            bench.try_file(path)
             return
         try:
             with open(path, encoding="utf-8") as file:
                 saved = json.load(file)
-            before, self.runs = saved["settings"], saved["runs"]
+            before, self.runs = dict(saved["settings"]), saved["runs"]
             for run in self.runs.values():
-                _ = [one["parameters"] for one in run["seeds"].values()], run["code"]
+                _ = run["code"], run["time"], [complete(one) for one in run["seeds"].values()]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"--json is {path!r}, which holds no runs of fastgpt ablate ({error})") from error
         other = [f"{k} {before.get(k)!r} instead of {v!r}" for k, v in settings.items() if before.get(k) != v]
         if other:
             raise ValueError(f"--json is {path!r}, with runs of {', '.join(other)}: take another file, or remove it")
 
-    def get(self, v, seed):
-        """The figures of a run, or None if it is still to come, or if the variant's code is another now."""
-        run = self.runs.get(v.name, {})
-        return run["seeds"].get(str(seed)) if run.get("code") == code(v) else None
-
-    def put(self, v, seed, figures):
+    def of(self, v):
+        """What is known of a variant, to be added to: nothing, if its code is another now."""
         if self.runs.get(v.name, {}).get("code") != code(v):
-            self.runs[v.name] = dict(code=code(v), seeds={})
-        self.runs[v.name]["seeds"][str(seed)] = figures
-        experiment.write_json(self.path, dict(about=bench.about(), settings=self.settings, runs=self.runs))
+            self.runs[v.name] = dict(code=code(v), time=None, seeds={})
+        return self.runs[v.name]
+
+    def save(self):
+        results = dict(about=bench.about(), settings=self.settings, rows=self.rows, runs=self.runs)
+        experiment.write_json(self.path, results)
 
 
 def train_all(names, config, seeds, tokens, val, runs):
-    """What is still to do, seed by seed, GPT-2 first. -> {name: [figures of each seed]}"""
-    trials = [(VARIANTS[name], seed) for seed in range(config.seed, config.seed + seeds) for name in names]
-    found = {name: [] for name in names}
-    for i, (v, seed) in enumerate(trials):
-        if (figures := runs.get(v, seed)) is None:
-            title = f"{i + 1} of {len(trials)}: {v.name}, seed {seed}"
-            figures = measure(v, replace(config, seed=seed), tokens, val, title)
-            runs.put(v, seed, figures)
-        found[v.name].append(figures)
-    return found
+    """What is still to do, seed by seed, GPT-2 first; then the times of a step."""
+    trials = [(name, seed) for seed in range(config.seed, config.seed + seeds) for name in names]
+    trials = [(name, seed) for name, seed in trials if str(seed) not in runs.of(VARIANTS[name])["seeds"]]
+    print(f"{len(names) * seeds} runs of {config.steps} steps, {len(names) * seeds - len(trials)} done", end="")
+    if trials:
+        ms = step_times(["gpt2"], config, tokens)["gpt2"]
+        minutes = math.ceil(len(trials) * (config.steps + 30) * ms / 60e3)  # 30 steps' time to evaluate and to sample
+        print(f"; {len(trials)} to do, some {minutes} min on {torch.get_num_threads()} threads", end="")
+    print("\n", flush=True)
+    for i, (name, seed) in enumerate(trials):
+        title = f"{i + 1} of {len(trials)}: {name}, seed {seed}"
+        figures = measure(VARIANTS[name], replace(config, seed=seed), tokens, val, title)
+        runs.of(VARIANTS[name])["seeds"][str(seed)] = figures
+        runs.save()
+    for name in names:
+        run = runs.of(VARIANTS[name])
+        if run["time"] is None and name != "gpt2" and run["seeds"][str(config.seed)]["loss"] is not None:
+            times = step_times(["gpt2", name], config, tokens)
+            run["time"] = times[name] / times["gpt2"]
+            runs.save()
 
 
-def compare(v, figures, baseline):
-    """A variant's row of the table, beside GPT-2's runs with the same seeds."""
-    row = dict(name=v.name, loss=None, difference=None, interval=None, time=None, verdict="diverged")
+def compare(v, run, baseline):
+    """A variant's row of the table, beside GPT-2's run, with the seeds of `baseline`. -> dict"""
+    figures = [run["seeds"][seed] for seed in baseline]
+    row = dict(name=v.name, loss=None, difference=None, interval=None, time=run["time"], verdict="diverged")
     row |= dict(lines=experiment.lines_of(v.build) + 2)  # with its first line and its docstring
-    row |= dict(parameters=figures[0]["parameters"] / baseline[0]["parameters"])
-    if None in [one["loss"] for one in (*figures, *baseline)]:
+    row |= dict(parameters=figures[0]["parameters"] / next(iter(baseline.values()))["parameters"])
+    pairs = list(zip([one["loss"] for one in figures], [one["loss"] for one in baseline.values()], strict=True))
+    if any(None in pair for pair in pairs):
         return row
-    row["difference"], row["interval"] = interval([a["loss"] - b["loss"] for a, b in zip(figures, baseline)])
-    row["loss"] = experiment.mean_and_spread([one["loss"] for one in figures])[0]
-    row["time"] = float(np.median([a["ms"] / b["ms"] for a, b in zip(figures, baseline)]))
+    row["difference"], row["interval"] = interval([one - other for one, other in pairs])
+    row["loss"] = sum(one for one, _ in pairs) / len(pairs)
     row["verdict"] = verdict(row["difference"], row["interval"])
     if not all(one["causal"] for one in figures):
         row["verdict"] = "sees the answer"
@@ -156,15 +182,12 @@ def show(rows, baseline, config):
         f"{'variant':<18}{'lines':>5}{'val loss':>10}{'difference':>12}{'± 95 %':>9}{'time':>8}{'params':>8}  verdict"
     )
     for r in rows:
-        texts = [f"{r['name']:<18}{r['lines']:>5}"]
-        for key, width, style in (
-            ("loss", 10, ".4f"),
-            ("difference", 12, "+.4f"),
-            ("interval", 9, ".4f"),
-            ("time", 7, ".2f"),
-        ):
-            texts.append(f"{'-' if r[key] is None else format(r[key], style):>{width}}")
-        print("".join(texts) + f"x{r['parameters']:>7.2f}x  {r['verdict']}")
+        loss, difference, half, time = (
+            "-" if r[key] is None else format(r[key], style)
+            for key, style in dict(loss=".4f", difference="+.4f", interval=".4f", time=".2f").items()
+        )
+        sizes = f"{time:>7}x{r['parameters']:>7.2f}x"
+        print(f"{r['name']:<18}{r['lines']:>5}{loss:>10}{difference:>12}{half:>9}{sizes}  {r['verdict']}")
     losses = [one["loss"] for one in baseline if one["loss"] is not None]
     loss, spread = experiment.mean_and_spread(losses) if losses else (math.inf, None)
     seeds = "1 seed" if len(baseline) == 1 else f"{len(baseline)} seeds"
@@ -183,17 +206,14 @@ def show_literature(rows):
         print(f"{v.name:<18}{ours:<22}{v.found}\n{'':<40}{v.source}")
 
 
-def show_mask(found):
-    """The lesson on validation: a loss that looks at its own target says nothing."""
-    ours, without = found["gpt2"][0], found["no-mask"][0]
+def show_mask(ours, without):
+    """The lesson on validation, from one run of each: a loss that looks at its own target says nothing."""
     if None in (ours["loss"], without["loss"]):
         return
-    print("\nThe mask left off: a loss of")
-    print(f"{without['loss']:.3f} where the window holds the answer (GPT-2: {ours['loss']:.3f}),")
-    print(
-        f"{without['end']:.3f} for the byte after the window, which it can't see (GPT-2: {ours['end']:.3f}). It writes:"
-    )
-    print(f"    | {without['sample']}\nand GPT-2:\n    | {ours['sample']}")
+    print(f"\nThe mask left off: a loss of\n{without['loss']:.3f} where the window holds the answer ", end="")
+    print(f"(GPT-2: {ours['loss']:.3f}),\n{without['end']:.3f} for the byte after the window, which it ", end="")
+    print(f"can't see (GPT-2: {ours['end']:.3f}).\nIt writes:\n    | {without['sample']}")
+    print(f"and GPT-2:\n    | {ours['sample']}")
 
 
 def plot(rows, path, config):
@@ -241,20 +261,23 @@ def main(argv=None):
     names = chosen(args.only)
     config = gpt.TrainConfig(data=args.data, steps=args.steps, **{name: getattr(args, name) for name in OPTIONS})
     gpt.GPTConfig(**{name: getattr(config, name) for name in SIZES})
-    experiment.try_files(None, args.plot)
+    experiment.try_files(args.json, args.plot)
     tokens, val = gpt.load_tokens(args.data, TOKENIZER, config.block_size)
     text = f"{len(tokens) + len(val)} bytes with CRC-32 {zlib.crc32(val, zlib.crc32(tokens)):08x}"
     runs = Runs(args.json, dict(text=text, steps=config.steps) | {name: getattr(config, name) for name in OPTIONS})
     try:
-        found = train_all(names, config, args.seeds, tokens, val, runs)
+        train_all(names, config, args.seeds, tokens, val, runs)
     except KeyboardInterrupt:
         gpt.progress("")
         print(f"what is finished is kept in {args.json!r}; the same command goes on")
         raise
-    rows = [compare(VARIANTS[name], found[name], found["gpt2"]) for name in names if name != "gpt2"]
-    show(rows, found["gpt2"], config)
+    seeds = [str(seed) for seed in range(config.seed, config.seed + args.seeds)]
+    baseline = {seed: runs.of(VARIANTS["gpt2"])["seeds"][seed] for seed in seeds}
+    runs.rows = rows = [compare(VARIANTS[name], runs.of(VARIANTS[name]), baseline) for name in names[1:]]
+    runs.save()
+    show(rows, list(baseline.values()), config)
     show_literature(rows)
-    if "no-mask" in found:
-        show_mask(found)
+    if "no-mask" in names:
+        show_mask(baseline[seeds[0]], runs.of(VARIANTS["no-mask"])["seeds"][seeds[0]])
     if args.plot:
         plot(rows, args.plot, config)
