@@ -113,6 +113,14 @@ def on_kernels(command):
     return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
 
 
+def train(argv):
+    """gpt.py's training on the kernels; --ops FILE puts the functions of a file of one's own in their places."""
+    parser = argparse.ArgumentParser(prog="fastgpt train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--ops", metavar="FILE")
+    args, rest = parser.parse_known_args(argv)
+    return gpt.main(["train", *rest], exercise.load_ops(args.ops) if args.ops else ops, prog="fastgpt")
+
+
 COMMANDS = {
     "info": ("versions, processor, instruction set, threads", without_options("info", info)),
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
@@ -122,7 +130,7 @@ COMMANDS = {
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
-    "train": ("train a model on a text", on_kernels("train")),
+    "train": ("train a model on a text; --ops FILE: on functions of your own", train),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

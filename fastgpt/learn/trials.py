@@ -58,7 +58,7 @@ def step_times(names, config, tokens):
 
 
 @torch.no_grad()
-def loss_at_the_end(model, tokens, n=512):
+def loss_at_the_end(model, tokens, n=256):
     """Mean nats of the byte after a window, which no position of it can see."""
     T = model.config.block_size
     starts = np.linspace(0, len(tokens) - T - 1, n).astype(np.int64)
@@ -203,7 +203,7 @@ def show_literature(rows):
     for r in rows:
         v = VARIANTS[r["name"]]
         ours = r["verdict"] if r["difference"] is None else f"{r['difference']:+.3f} {r['verdict']}"
-        print(f"{v.name:<18}{ours:<22}{v.found}\n{'':<40}{v.source}")
+        print(f"{v.name:<18}{ours:<24}{v.found or '-'}\n{'':<42}{v.source}")
 
 
 def show_mask(ours, without):
@@ -217,7 +217,7 @@ def show_mask(ours, without):
 
 
 def plot(rows, path, config):
-    """Differences with their intervals; beyond 0.05 nats the axis is logarithmic."""
+    """Differences with their intervals; beyond 0.1 nats the axis is logarithmic."""
     rows = [r for r in reversed(rows) if r["difference"] is not None]
     figure, axes = bench.import_pyplot().subplots(figsize=(9, 0.32 * len(rows) + 1.4))
     colors = {"better": "#1b7837", "worse": "#b2182b"}
@@ -225,7 +225,8 @@ def plot(rows, path, config):
         color = colors.get(r["verdict"], "gray")
         axes.errorbar(r["difference"], y, xerr=r["interval"] or 0, fmt="o", capsize=4, color=color)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_xscale("symlog", linthresh=0.05)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(rows)), [r["name"] for r in rows])
     axes.grid(axis="x", linewidth=0.3)
     axes.set_xlabel(f"validation loss minus GPT-2's after {config.steps} steps, nats a byte, with 95 % interval")
@@ -260,6 +261,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     names = chosen(args.only)
     config = gpt.TrainConfig(data=args.data, steps=args.steps, **{name: getattr(args, name) for name in OPTIONS})
+    config = replace(config, warmup=min(config.warmup, config.steps))
     gpt.GPTConfig(**{name: getattr(config, name) for name in SIZES})
     experiment.try_files(args.json, args.plot)
     tokens, val = gpt.load_tokens(args.data, TOKENIZER, config.block_size)
