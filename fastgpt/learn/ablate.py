@@ -66,10 +66,9 @@ def rope(config, ops):
     """rotary: queries and keys turn by an angle that grows with the position; nothing is added"""
     D = config.n_embd // config.n_head
     gpt.expect(D % 2 == 0, f"rope: n_embd / n_head is {D}, expected an even number: two channels turn together")
-    angles = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, D, 2) / D))
-    turns = torch.polar(torch.ones_like(angles), angles)  # (T, D / 2), complex
+    turns = torch.exp(1j * torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, D, 2) / D)))
 
-    def turn(x):  # (B, H, T, D): two channels are a point in the plane
+    def turn(x):  # (B, H, T, D): two channels are a point in the plane; turns is (T, D / 2)
         points = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(points * turns[: x.shape[2]]).flatten(-2)
 
@@ -289,7 +288,7 @@ def no_weight_decay(config, ops):
 def with_blocks(model, forward):
     """The model with another way through its blocks: forward(block, x), (B, T, C) -> (B, T, C)."""
     for block in model.h:
-        block.forward = partial(lambda block, x, cache: forward(block, x), block)
+        block.forward = partial(lambda block, x, cache=None: forward(block, x), block)
     return model
 
 

@@ -105,6 +105,7 @@ class Runs:
 
     def __init__(self, path, settings):
         self.path, self.settings, self.runs, self.rows = path, settings, {}, []
+        self.codes = {v.name: code(v) for v in VARIANTS.values()}  # now: the file may change while the runs go on
         if not os.path.exists(path):
             return
         try:
@@ -121,8 +122,8 @@ class Runs:
 
     def of(self, v):
         """What is known of a variant, to be added to: nothing, if its code is another now."""
-        if self.runs.get(v.name, {}).get("code") != code(v):
-            self.runs[v.name] = dict(code=code(v), time=None, seeds={})
+        if self.runs.get(v.name, {}).get("code") != self.codes[v.name]:
+            self.runs[v.name] = dict(code=self.codes[v.name], time=None, seeds={})
         return self.runs[v.name]
 
     def save(self):
