@@ -21,6 +21,7 @@ import safetensors
 import gpt
 
 from . import data, ops
+from .learn import exercise
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 
@@ -164,10 +165,13 @@ def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(prog="fastgpt train", description="Train a model on a text.")
     gpt.add_options(parser, gpt.TrainConfig)
+    parser.add_argument("--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names")
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
     try:
+        if "ops" in typed:
+            ops = exercise.load_ops(typed.pop("ops"))
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
             run(typed, ops, interrupts)
