@@ -308,7 +308,10 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FIRST = {name: fault for fault, (name, *_) in reversed(FAULTS.items())}.values()  # one of each exercise
+
+
+@pytest.mark.parametrize("fault", [f if f in FIRST else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_a_fault_of_somebody_else_fails_and_is_told(fault):
     name, text, words = FAULTS[fault]
@@ -357,10 +360,10 @@ def test_a_result_of_another_kind_is_told(name, text, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("def gelu(x):\n    while True: pass\n", "no result after 2 s in 1: is there an endless loop"),
         *(
             pytest.param(*bad, marks=pytest.mark.slow)
             for bad in [
+                ("def gelu(x):\n    while True: pass\n", "no result after 2 s in 1: is there an endless loop"),
                 ("import os\ndef gelu(x): os._exit(0)\n", "it ended the process itself, with status 0"),
                 ("import os\ndef gelu(x):\n    os.fork()\n    return x\n", "it starts another process"),
                 ("import os\nos.fork()\ndef gelu(x): return x\n", "it starts another process"),
