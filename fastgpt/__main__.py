@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, generate, ops, packed
+from . import _kernels, bench, check, evaluate, generate, ops, packed
 from .learn import cost, exercise, look
 
 
@@ -125,7 +125,7 @@ COMMANDS = {
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),
     "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
-    "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
+    "eval": ("loss, perplexity and bits per byte of a text; or against other dtypes", lambda argv: evaluate.main(argv)),
 }
 
 

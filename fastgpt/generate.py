@@ -107,8 +107,8 @@ def main(argv=None):
     check(args)
     decoder = Decoder(args.model, args.dtype, args.kv_dtype)
     tokenizer = gpt.get_tokenizer(args.tokenizer or decoder.tokenizer or "gpt2")
-    n, V, limit = tokenizer.n_vocab, decoder.config.vocab_size, decoder.config.block_size
-    expect(n <= V, f"--tokenizer {tokenizer.name} has {n} ids, expected at most the model's {V}")
+    gpt.check_vocabulary(decoder, tokenizer)
+    limit = decoder.config.block_size
     start = tokenizer.encode(args.prompt, allowed_special="all") or [tokenizer.eot_token]
     expect(len(start) <= limit, f"--prompt has {len(start)} tokens, expected at most the model's {limit}")
 
