@@ -162,29 +162,40 @@ class Bench:
         times = take_turns({B: partial(token_times, partial(stream, B), prompt, TOKENS) for B in (8, 1)}, self.seconds)
         return compare([line(case, f"fastgpt, batch {B}", times[B], B, head=head_dtype(dtype)) for B in (8, 1)])
 
-    def context(self, dtype):
-        """A token after 10 and after 1000 others, keys and values in bfloat16."""
-        case, decoder = f"context, {dtype}", Decoder(self.model, dtype, "bfloat16")
-        bench.progress(f"{case} ...")
-        lengths, token = (10, 1000), np.zeros(1, np.int64)
+    def passes(self, decoder, rows):
+        """Take turns with passes of some rows of one text after T tokens: {name: times} for {name: (T, rows)}."""
 
-        def again(sequences, T):
-            sequences.length, times = T, []
+        def again(sequences, T, n):
+            times = []
             for _ in range(TOKENS):
+                sequences.length = T
                 start = time.perf_counter()
-                sequences.append(token)
+                sequences.append(np.zeros(1, np.int64)) if n == 1 else sequences.extend([0] * n)
                 times.append(time.perf_counter() - start)
             return times
 
         with ExitStack() as stack:
             functions = {}
-            for T in lengths:
-                prompt = np.array([prompt_of(self.config, T)])
-                sequences = stack.enter_context(decoder.sequences(prompt, TOKENS))
+            for name, (T, n) in rows.items():
+                sequences = stack.enter_context(decoder.sequences(np.array([prompt_of(self.config, T)]), n))
                 sequences.start()
-                functions[T] = partial(again, sequences, T)
-            times = take_turns(functions, self.seconds)
+                functions[name] = partial(again, sequences, T, n)
+            return take_turns(functions, self.seconds)
+
+    def context(self, dtype):
+        """A token after 10 and after 1000 others, keys and values in bfloat16."""
+        case, lengths = f"context, {dtype}", (10, 1000)
+        bench.progress(f"{case} ...")
+        times = self.passes(Decoder(self.model, dtype, "bfloat16"), {T: (T, 1) for T in lengths})
         return compare([line(case, f"fastgpt after {T} tokens", times[T], head=head_dtype(dtype)) for T in lengths])
+
+    def lookup(self, dtype):
+        """Tokens that are verified together, if all are right, against one at a time."""
+        case = f"lookup, {dtype}"
+        bench.progress(f"{case} ...")
+        times = self.passes(Decoder(self.model, dtype), {n: (CONTEXT, n) for n in (5, 1)})
+        names = {5: "fastgpt, 4 of 4 are right", 1: "fastgpt without lookup"}
+        return compare([line(case, names[n], times[n], n, head=head_dtype(dtype)) for n in (5, 1)])
 
     def small(self):
         """A model whose time is that of calls and not of memory, beside one Python call an op."""
@@ -225,6 +236,7 @@ class Bench:
         cases |= {f"prefill {dtype}": partial(self.prefill, dtype) for dtype in packed.DTYPES}
         cases |= {f"batch {dtype}": partial(self.batch, dtype) for dtype in packed.DTYPES}
         cases |= {f"context {dtype}": partial(self.context, dtype) for dtype in packed.DTYPES}
+        cases |= {f"lookup {dtype}": partial(self.lookup, dtype) for dtype in packed.DTYPES}
         return cases | {"small": self.small} | {f"first {dtype}": partial(self.first, dtype) for dtype in packed.DTYPES}
 
 
@@ -311,7 +323,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="fastgpt bench --generate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--generate", action="store_true", required=True, help="this report")
     bench.add_report_options(parser, 4.0)
-    names = "decode, prefill, batch, context, small, first; with a dtype, only that"
+    names = "decode, prefill, batch, context, lookup, small, first; with a dtype, only that"
     parser.add_argument("--only", nargs="+", default=(), metavar="CASE", help=names)
     parser.add_argument("--keep", metavar="FOLDER", help="keep the other programs' models, 2.5 GB, for the next time")
     args = parser.parse_args(argv)

@@ -79,6 +79,7 @@ def make_parser():
     add("seed", None, int, "for the same sample again")
     add("dtype", None, str, f"of the weights: {', '.join(packed.DTYPES)}; by default float32, or as they are packed")
     add("kv-dtype", "float32", str, "of keys and values: float32 or bfloat16")
+    add("lookup", 0, int, "for text that repeats itself: try N tokens that followed where it ended so before")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--logprobs", action="store_true", help="log probability of each token, on stderr")
     parser.add_argument("--stats", action="store_true", help="speeds and what limits them, on stderr")
@@ -96,6 +97,8 @@ def check(args):
         ("top-p", args.top_p is None or 0 < args.top_p <= 1, "0 < top_p <= 1"),
         ("dtype", args.dtype in (None, *packed.DTYPES), " or ".join(packed.DTYPES)),
         ("kv-dtype", args.kv_dtype in packed.DTYPES[:2], " or ".join(packed.DTYPES[:2])),
+        ("lookup", 0 <= args.lookup <= 64, "0 <= lookup <= 64"),
+        ("samples", not args.lookup or args.samples == 1, "1 with --lookup"),
         ("stop", all(args.stop), "at least one character"),
     ):
         value = getattr(args, name.replace("-", "_"))
@@ -125,7 +128,7 @@ def main(argv=None):
         print(prompt, end="", flush=True)
     times = [time.perf_counter()]
     idx = torch.tensor([start] * args.samples)
-    options = args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed
+    options = args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.lookup
     stream = decoder.stream(idx, *options, each=keep if args.logprobs else None)
     for new in stream:
         times.append(time.perf_counter())
@@ -147,20 +150,20 @@ def main(argv=None):
     made = len(times) - 1
     print(f"[{args.samples * made / (times[-1] - times[0]):,.1f} tokens/s]", file=sys.stderr)
     if args.stats:
-        stats(decoder, args.samples, len(start), times)
+        stats(decoder, args.samples, len(start), times, args.lookup)
 
 
-def stats(decoder, B, T, times):
+def stats(decoder, B, T, times, lookup):
     """Lines on stderr."""
     made, limit = len(times) - 1, decoder.config.block_size
     prefill, slid = times[1] - times[0], max(0, T + made - 1 - limit)
     print(f"prefill: {T} tokens, once for all samples: {T / prefill:,.1f} tokens/s", file=sys.stderr)
     if made - 1 - slid > 0:
         seconds = (times[made - slid] - times[1]) / (made - 1 - slid)
-        size = decoder.token_bytes(T + (made - slid) // 2) / 1e9
-        share = f"; {size / seconds:.1f} GB/s of weights, keys and values" if B == 1 else ""
-        if B == 1:
+        size, share = decoder.token_bytes(T + (made - slid) // 2) / 1e9, ""
+        if B == 1 and not lookup:  # then each token reads all weights
             speed = read_limit()
+            share = f"; {size / seconds:.1f} GB/s of weights, keys and values"
             share += f", {size / seconds / speed:.0%} of the {speed:.1f} at which memory is read now"
         print(f"decode: {B / seconds:,.1f} tokens/s in {decoder.dtype}{share}", file=sys.stderr)
     if slid:

@@ -11,6 +11,7 @@ import torch
 import fastgpt
 import gpt
 from fastgpt import _kernels, check, packed
+from fastgpt.decoder import Sequences
 from fastgpt.packed import Packed
 
 DTYPES = packed.DTYPES
@@ -151,6 +152,38 @@ def test_tokens_are_gpt_pys_even_when_the_window_slides(config, how):
     assert torch.equal(torch.stack(list(decoder.stream(idx, 40, **how)), dim=1), expected[:, 12:])
 
 
+@pytest.mark.parametrize("kv_dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lookup_gives_the_same_tokens_in_fewer_passes(dtype, kv_dtype, monkeypatch):
+    """To the bit, whether drafts are right or wrong; and past the window, where there is no room for them."""
+    config, passes = CONFIGS["small"], []
+    decoder = fastgpt.Decoder(make_model(config), dtype, kv_dtype)
+    extend = Sequences.extend
+    monkeypatch.setattr(Sequences, "extend", lambda self, new: passes.append(len(new)) or extend(self, new))
+    prompt = torch.tensor([[5, 6, 7, 8] * 3])
+    for how in (dict(temperature=0), dict(temperature=1.0, seed=3), dict(temperature=0.5, top_k=3, seed=4)):
+        expected, logits = decoder.generate(prompt, 35, **how), []
+        for lookup in (1, 4, 64):
+            assert torch.equal(decoder.generate(prompt, 35, lookup=lookup, **how), expected)
+        list(decoder.stream(prompt, 20, lookup=4, each=lambda x, _, logits=logits: logits.append(x.copy()), **how))
+        again = []
+        list(decoder.stream(prompt, 20, each=lambda x, _, again=again: again.append(x.copy()), **how))
+        assert all((x == y).all() for x, y in zip(logits, again, strict=True))
+    assert max(passes) > 5 and min(passes) == 2
+
+
+def test_lookup_drafts_what_followed_the_last_time():
+    decoder = fastgpt.Decoder(make_model(ODD))
+    text = [1, 2, 3, 9, 8, 1, 2, 3, 7, 6, 5, 1, 2]
+    with decoder.sequences(torch.tensor([text]).numpy(), 20) as sequences:
+        assert list(sequences._draft([3], 2)) == [7, 6]
+        assert list(sequences._draft([3], 4)) == [7, 6, 5, 1]
+        assert list(sequences._draft([4], 4)) == []
+        assert list(sequences._draft([3], 0)) == []
+        sequences.window[0, :13] = [1, 2, 1, 2] * 3 + [1]
+        assert list(sequences._draft([2], 5)) == [1, 2, 1, 2, 1]  # not from the last time, after which comes the end
+
+
 LONG = {
     "1000 tokens": gpt.GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=1010, vocab_size=311),
     "deep": gpt.GPTConfig(n_layer=8, n_head=1, n_embd=40, block_size=300, vocab_size=1000),
@@ -261,6 +294,8 @@ def test_a_config_that_does_not_match_is_refused(tmp_path):
         (lambda d: d.generate(torch.zeros(1, 2, dtype=torch.int64), 1, temperature=-1), "temperature is -1"),
         (lambda d: d.generate(torch.zeros(1, 2, dtype=torch.int64), 1, top_k=0), "top_k is 0"),
         (lambda d: d.generate(torch.zeros(1, 2, dtype=torch.int64), 1, top_p=2), "top_p is 2"),
+        (lambda d: d.generate(torch.zeros(1, 2, dtype=torch.int64), 1, lookup=-1), "lookup is -1 for 1 texts"),
+        (lambda d: d.generate(torch.zeros(2, 2, dtype=torch.int64), 1, lookup=2), "lookup is 2 for 2 texts"),
         (lambda d: fastgpt.Decoder(make_model(ODD), "int3"), "dtype is 'int3', expected one of float32"),
         (lambda d: fastgpt.Decoder(make_model(ODD), kv_dtype="int8"), "kv_dtype is 'int8'"),
         (lambda d: fastgpt.Decoder(3), "model is 3"),
