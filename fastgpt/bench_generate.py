@@ -130,7 +130,7 @@ class Bench:
             except Missing as error:
                 self.absent[f"{program.__name__} {its}"] = str(error)
             except Exception as error:  # whatever another program does, ours are measured
-                self.absent[f"{program.__name__} {its}"] = f"failed, {gpt.first_line(error).rstrip(chr(46))}"
+                self.absent[f"{program.__name__} {its}"] = f"failed, {gpt.one_line(error).rstrip('.')}"
         return found
 
     def decode(self, dtype):

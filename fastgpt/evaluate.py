@@ -7,14 +7,13 @@ loss, which moves up and down with the text, does not.
 
 import argparse
 import math
-from dataclasses import fields
 
 import numpy as np
 import torch
 
 import gpt
 
-from . import ops, packed
+from . import data, ops, packed
 from .decoder import Decoder
 from .packed import expect
 
@@ -94,14 +93,7 @@ def load_other(name, base, model):
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="fastgpt eval", description=f"{gpt.EvalConfig.__doc__}.".capitalize())
-    parser.set_defaults(against=None)
     parser.add_argument("folder", nargs="?", help="the same as --model FOLDER")
-    for f in fields(gpt.EvalConfig):
-        default = "" if f.default is None else f" (default: {f.default!r})"
-        kind = int if f.type is int else str
-        metavar = "N" if kind is int else "TEXT"
-        name, help = f"--{gpt.dashed(f.name)}", f.metadata["help"] + default
-        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help)
     parser.add_argument(
         "--against",
         nargs="+",
@@ -109,12 +101,12 @@ def make_parser():
         help=f"KL divergence, same most likely tokens and perplexity of the model in {', '.join(packed.DTYPES)}, or "
         "of other folders' models, against this one",
     )
+    gpt.add_options(parser, gpt.EvalConfig)
     return parser
 
 
 def main(argv=None):
-    parser = make_parser()
-    typed = vars(parser.parse_args(argv))
+    typed = vars(make_parser().parse_args(argv))
     folder, against = typed.pop("folder"), typed.pop("against")
     if folder is not None:
         expect("model" not in typed, f"FOLDER is {folder!r} and --model {typed.get('model')!r}, expected one of them")
@@ -123,9 +115,8 @@ def main(argv=None):
         return gpt.main(["eval", *(f"--{gpt.dashed(k)}={v}" for k, v in typed.items())], ops, prog="fastgpt")
     config = gpt.EvalConfig(**typed)
     base = Decoder(config.model)
-    tokenizer = gpt.get_tokenizer(config.tokenizer or base.tokenizer or "gpt2")
-    gpt.check_vocabulary(base, tokenizer)
+    tokenizer = gpt.tokenizer_of(base, config.tokenizer)
     others = [load_other(name, base, config.model) for name in against]
-    _, tokens = gpt.load_tokens(config.data, tokenizer, block_size=1)
+    _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
     T = min(decoder.config.block_size for decoder in (base, *others))
     report(config.model, base, against, others, tokens, T)
