@@ -28,12 +28,14 @@ class Decoder:
     dtype     of the weights: float32, bfloat16, int8 (a scale for each row) or int4 (a scale for 32 values, wte in
               int8; its products round activations to int8, too). None: what the folder has been packed in, or float32
     kv_dtype  of the cache of keys and values: float32 or bfloat16
+    fast_prompts   with int8 weights, on processors with AVX-512 VNNI: a prompt's activations are rounded to int8, too,
+              with a scale for each 256 channels, for products of whole numbers; tokens after it are computed as ever
 
     The weights are copied: what becomes of the model later does not matter. A token's bits depend on its own text
     alone, neither on other rows of the batch nor on the number of threads. One thread may use a decoder at a time.
     """
 
-    def __init__(self, model, dtype=None, kv_dtype="float32"):
+    def __init__(self, model, dtype=None, kv_dtype="float32", fast_prompts=False):
         expect(kv_dtype in packed.DTYPES[:2], f"Decoder: kv_dtype is {kv_dtype!r}, expected float32 or bfloat16")
         self.packed = packed.load(model, dtype)
         self.config, self.dtype, self.kv_dtype = self.packed.config, self.packed.dtype, kv_dtype
@@ -41,7 +43,7 @@ class Decoder:
         c = self.config
         sizes = c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size
         tensors = list(self.packed.tensors.values())
-        self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors)
+        self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors, bool(fast_prompts))
         self._lock, self._spare = threading.RLock(), np.empty(0, np.uint8)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, lookup=0):

@@ -354,12 +354,12 @@ template <class F> F to_bfloat16(F x) { // 8 bits
     std::frexp(value_of(x), &exponent);
     return value_of(x) == 0 ? x : F(std::ldexp(whole(x * F(std::ldexp(1, 8 - exponent))), exponent - 8));
 }
-template <class F> Values<F> to_int8(const Values<F>& x) { // and back, with a scale for each 32
+template <class F> Values<F> to_int8(const Values<F>& x, size_t size) { // and back, with a scale for each group
     Values<F> y(x.size());
     for (size_t k = 0; k < x.size(); k++) {
         F largest = 0;
-        const size_t group = k / 32 * 32;
-        for (size_t i = group; i < std::min(group + 32, x.size()); i++) {
+        const size_t group = k / size * size;
+        for (size_t i = group; i < std::min(group + size, x.size()); i++) {
             const F magnitude = x[i] < F(0) ? F(0) - x[i] : x[i];
             if (largest < magnitude) largest = magnitude;
         }
@@ -373,6 +373,7 @@ template <class F> Values<F> to_int8(const Values<F>& x) { // and back, with a s
 struct Gpt2 {
     int64_t layers, H, D, V, T;
     Packing packing, cache;
+    bool fast_prompts = false;
     int64_t C() const { return H * D; }
     int64_t R() const { return (3 * D + 15) / 16 * 16; } // rows of c_attn for each head
     Packing head_packing() const { return packing == Packing::int4 ? Packing::int8 : packing; }
@@ -397,7 +398,9 @@ struct Gpt2 {
     }
     int64_t id(int64_t t) const { return t * 7 % V; }
 
-    template <class F> Values<F> rounded(const Values<F>& x) const { return packing == Packing::int4 ? to_int8(x) : x; }
+    template <class F> Values<F> rounded(const Values<F>& x, bool in_prompt) const {
+        return packing == Packing::int4 ? to_int8(x, 32) : in_prompt && fast_prompts ? to_int8(x, 256) : x;
+    }
     template <class F> static Values<F> linear(const Values<F>& x, const Values<F>& w, const Values<F>* bias) {
         const size_t K = x.size(), N = w.size() / K;
         Values<F> y(N);
@@ -426,7 +429,7 @@ struct Gpt2 {
             for (int64_t c = 0; c < C(); c++) x[c] = in[0][id(t) * C() + c] + in[1][t * C() + c];
             for (int64_t l = 0; l < layers; l++) {
                 const Values<F>* p = &in[2 + 12 * l];
-                kept[l * T + t] = linear(rounded(normalized(x, p[0], p[1])), p[2], &p[3]);
+                kept[l * T + t] = linear(rounded(normalized(x, p[0], p[1]), t < prompt), p[2], &p[3]);
                 std::vector<Values<F>> qkv(kept.begin() + l * T, kept.begin() + l * T + t + 1);
                 if (cache == Packing::bfloat16 && t >= prompt)
                     for (auto& row : qkv)
@@ -445,11 +448,11 @@ struct Gpt2 {
                     for (int64_t j = 0; j <= t; j++)
                         for (int64_t d = 0; d < D; d++) y[h * D + d] += s[j] / row_sum * qkv[j][h * R() + 2 * D + d];
                 }
-                const auto attended = linear(rounded(y), p[4], &p[5]);
+                const auto attended = linear(rounded(y, t < prompt), p[4], &p[5]);
                 for (int64_t c = 0; c < C(); c++) x[c] += attended[c];
-                auto h = linear(rounded(normalized(x, p[6], p[7])), p[8], &p[9]);
+                auto h = linear(rounded(normalized(x, p[6], p[7]), t < prompt), p[8], &p[9]);
                 for (F& v : h) v = gelu(v);
-                const auto thought = linear(rounded(h), p[10], &p[11]);
+                const auto thought = linear(rounded(h, t < prompt), p[10], &p[11]);
                 for (int64_t c = 0; c < C(); c++) x[c] += thought[c];
             }
             const auto row =
@@ -487,8 +490,16 @@ class PackedGpt2 {
             l.c_fc = matrix(at + 8, g.packing, true), l.mlp_c_proj = matrix(at + 10, g.packing, true);
             at += 12;
         }
-        model_ = {g.layers,       g.C(),          g.H,        g.V,           matrix(0, g.head_packing(), false),
-                  vector(1, g.T), layers_.data(), vector(at), vector(at + 1)};
+        model_ = {g.layers,
+                  g.C(),
+                  g.H,
+                  g.V,
+                  matrix(0, g.head_packing(), false),
+                  vector(1, g.T),
+                  layers_.data(),
+                  vector(at),
+                  vector(at + 1),
+                  g.fast_prompts};
     }
     Values<float> rounded(size_t i) const { // parameter i, as packed
         const auto [N, K] = g_.shapes()[i];
@@ -546,7 +557,8 @@ class PackedGpt2 {
 static void decoder(const Kernels& k, const Gpt2& g) {
     const char* names[] = {"float32", "bfloat16", "int8", "int4"};
     const std::string what = std::string(k.name) + " decoder " + names[int(g.packing)] + ", cache in " +
-                             names[int(g.cache)] + ", D " + std::to_string(g.D);
+                             names[int(g.cache)] + (g.fast_prompts ? ", fast prompts" : "") + ", D " +
+                             std::to_string(g.D);
     std::vector<Values<float>> in;
     do {
         in.clear();
@@ -557,7 +569,7 @@ static void decoder(const Kernels& k, const Gpt2& g) {
         nearest_tie = 1;
         std::vector<Values<Real>> real;
         for (const auto& x : in) real.push_back(as<Real>(x));
-        g.logits(real, 0);
+        g.logits(real, 0), g.logits(real, g.T);
     } while (nearest_tie < 2e-4);
     Inputs inputs;
     for (const auto& x : in) inputs.push_back(as<Real>(x));
@@ -612,6 +624,8 @@ static void sampler() {
     failed += Sampler(1, 0, 2).draw(bad, 3, .5) != -1;
 }
 
+static bool has_int8_products(const Kernels& k) { return !strcmp(k.name, "avx512") || !strcmp(k.name, "amx"); }
+
 static void decoders(const Kernels& k) {
     const bool dot_products = has_dot_products;
     for (int64_t D : {24, 13}) {
@@ -623,6 +637,7 @@ static void decoders(const Kernels& k) {
             if (dot_products || !use) {
                 has_dot_products = use;
                 decoder(k, {1, H, D, 37, 5, Packing::int4, Packing::float32});
+                if (use && has_int8_products(k)) decoder(k, {1, H, D, 37, 5, Packing::int8, Packing::float32, true});
             }
         has_dot_products = dot_products;
     }
