@@ -101,7 +101,8 @@ struct Int8Dot {
             const vec<float> too_much = load(B + j * LANES), t = load(B + NR + j * LANES);
             for (int i = 0; i < MR; i++) {
                 float* to = C + i * ldc + j * LANES;
-                const vec<float> y = (to_float(c[i][j]) - too_much) * (t * broadcast(A[i]));
+                // Rounded before it is added, as it is where add_k_block adds it.
+                const vec<float> y = rounded<float>((to_float(c[i][j]) - too_much) * (t * broadcast(A[i])));
                 store(to, ACCUMULATE ? load(to) + y : y);
             }
         }

@@ -47,7 +47,8 @@ def ours(decoder):
         for new in decoder.stream(torch.tensor([prompt]), n, temperature=0):
             yield int(new)
 
-    return Peer(f"fastgpt {decoder.dtype}", head_dtype(decoder.dtype), stream)
+    name = f"fastgpt {decoder.dtype}{', fast prompts' if decoder.fast_prompts else ''}"
+    return Peer(name, head_dtype(decoder.dtype), stream)
 
 
 def token_times(stream, prompt, n):
@@ -149,6 +150,8 @@ class Bench:
     def prefill(self, dtype):
         """A long prompt, until its first token."""
         case, mine = f"prefill {dtype}", [ours(Decoder(self.model, dtype))]
+        if dtype == "int8":
+            mine = [ours(Decoder(self.model, dtype, fast_prompts=True)), *mine]
         if dtype != "float32":
             mine.append(ours(Decoder(self.model, "float32")))
         peers, prompt = mine + self.rivals(dtype), prompt_of(self.config, PROMPT)

@@ -16,6 +16,7 @@ import torch
 from . import _kernels, packed
 from .packed import expect
 
+FAST_PROMPTS = "with int8 weights: round prompts' activations to int8, too, for products of whole numbers"
 SHORT = 8  # prompts up to this length go through the layers as tokens do, longer ones through the matmul
 MATCHES = (5, 3)  # tokens at a text's end that have occurred before, for a draft of the next ones
 TOGETHER = 4096  # tokens of several prompts that go through the matmul at once
@@ -44,6 +45,7 @@ class Decoder:
         sizes = c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size
         tensors = list(self.packed.tensors.values())
         self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors, bool(fast_prompts))
+        self.fast_prompts = bool(fast_prompts)
         self._lock, self._spare = threading.RLock(), np.empty(0, np.uint8)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, lookup=0):

@@ -14,7 +14,7 @@ import torch
 import gpt
 
 from . import data, ops, packed
-from .decoder import Decoder
+from .decoder import FAST_PROMPTS, Decoder
 from .packed import expect
 
 ROWS = 64  # positions that are compared at once, in float64: 26 MB of GPT-2's vocabulary
@@ -80,9 +80,10 @@ def report(name, base, names, others, tokens, T):
         line(name, other, result["nll"], f"{rest} {result['same'].double().mean():11.2%}")
 
 
-def load_other(name, base, model):
+def load_other(name, base, model, fast_prompts):
     """A form of the base model (float32, bfloat16, ...), or what another folder holds."""
-    other = Decoder(model, name) if name in packed.DTYPES else Decoder(name)
+    source, dtype = (model, name) if name in packed.DTYPES else (name, None)
+    other = Decoder(source, dtype, fast_prompts=fast_prompts)
     for what, its, wanted in (
         ("vocab_size", other.config.vocab_size, base.config.vocab_size),
         ("tokenizer", other.tokenizer or base.tokenizer, base.tokenizer or other.tokenizer),
@@ -101,13 +102,14 @@ def make_parser():
         help=f"KL divergence, same most likely tokens and perplexity of the model in {', '.join(packed.DTYPES)}, or "
         "of other folders' models, against this one",
     )
+    parser.add_argument("--fast-prompts", action="store_true", help=f"of what is compared: {FAST_PROMPTS}")
     gpt.add_options(parser, gpt.EvalConfig)
     return parser
 
 
 def main(argv=None):
     typed = vars(make_parser().parse_args(argv))
-    folder, against = typed.pop("folder"), typed.pop("against")
+    folder, against, fast_prompts = (typed.pop(name) for name in ("folder", "against", "fast_prompts"))
     if folder is not None:
         expect("model" not in typed, f"FOLDER is {folder!r} and --model {typed.get('model')!r}, expected one of them")
         typed["model"] = folder
@@ -116,7 +118,7 @@ def main(argv=None):
     config = gpt.EvalConfig(**typed)
     base = Decoder(config.model)
     tokenizer = gpt.tokenizer_of(base, config.tokenizer)
-    others = [load_other(name, base, config.model) for name in against]
+    others = [load_other(name, base, config.model, fast_prompts) for name in against]
     _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
     T = min(decoder.config.block_size for decoder in (base, *others))
     report(config.model, base, against, others, tokens, T)

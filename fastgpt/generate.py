@@ -12,7 +12,7 @@ import torch
 import gpt
 
 from . import _kernels, packed
-from .decoder import Decoder
+from .decoder import FAST_PROMPTS, Decoder
 from .packed import expect
 
 
@@ -80,6 +80,7 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="fastgpt generate", description="Continue a prompt.")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--logprobs", action="store_true", help="log probability of each token, on stderr")
+    parser.add_argument("--fast-prompts", action="store_true", help=FAST_PROMPTS)
     parser.add_argument("--stats", action="store_true", help="speeds and what limits them, on stderr")
     gpt.add_options(parser, GenerateConfig)
     return parser
@@ -87,11 +88,12 @@ def make_parser():
 
 def main(argv=None):
     typed = vars(make_parser().parse_args(argv))
-    stops, show_logprobs, show_stats = (typed.pop(name) for name in ("stop", "logprobs", "stats"))
+    names = "stop", "logprobs", "stats", "fast_prompts"
+    stops, show_logprobs, show_stats, fast_prompts = (typed.pop(name) for name in names)
     args = GenerateConfig(**typed)
     expect(all(stops), "--stop is '', expected at least one character")
     expect(not args.lookup or args.samples == 1, f"--samples is {args.samples} with --lookup, expected 1")
-    decoder = Decoder(args.model, args.dtype, args.kv_dtype)
+    decoder = Decoder(args.model, args.dtype, args.kv_dtype, fast_prompts)
     tokenizer = gpt.tokenizer_of(decoder, args.tokenizer)
     limit = decoder.config.block_size
     start = tokenizer.encode(args.prompt, allowed_special="all") or [tokenizer.eot_token]

@@ -42,10 +42,10 @@ def stepwise(decoder, idx, first):
     return torch.stack(steps, dim=1)
 
 
-def rounded_linear(x, weight, bias=None):
+def rounded_linear(x, weight, bias=None, size=32):
     """linear on activations in int8, with a scale for each 32 channels: what int4's products are made of."""
     K = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -K % 32)).unflatten(-1, (-1, 32))
+    groups = torch.nn.functional.pad(x, (0, -K % size)).unflatten(-1, (-1, size))
     largest = groups.abs().amax(-1, keepdim=True)
     whole = torch.round(groups * (127 / largest.clamp(min=1e-30)))
     return gpt.linear((whole * (largest / 127)).flatten(-2)[..., :K], weight, bias)
@@ -56,9 +56,15 @@ class Int4Ops:
     linear = staticmethod(rounded_linear)
 
 
-def formula_logits(config, idx, dtype):
+class FastInt8Ops(Int4Ops):
+    """What int8 weights meet in prompts with fast_prompts: a scale for each 256 channels."""
+
+    linear = staticmethod(lambda x, weight, bias=None: rounded_linear(x, weight, bias, 256))
+
+
+def formula_logits(config, idx, ops):
     with torch.device("meta"):
-        model = gpt.GPT(config, Int4Ops if dtype == "int4" else None)
+        model = gpt.GPT(config, ops)
 
     def logits(**params):
         hidden = torch.func.functional_call(Hidden(model), {f"model.{k}": p for k, p in params.items()}, (idx,))
@@ -76,11 +82,17 @@ class Hidden(torch.nn.Module):
         return self.model.hidden(idx)
 
 
-def assert_as_exact(decoder, logits, idx, take=slice(None)):
+def has_int8_products(isa):
+    has = _kernels.use_dot_products(False)
+    _kernels.use_dot_products(has)
+    return has and isa in ("avx512", "amx")
+
+
+def assert_as_exact(decoder, logits, idx, take=slice(None), ops=None):
     """`logits` by the rule of fastgpt check: as near to gpt.py's on the rounded weights as float32 may be."""
     model = decoder.packed.to_model()
     params = {name: p.detach() for name, p in model.named_parameters()}
-    formula = formula_logits(model.config, idx, decoder.dtype)
+    formula = formula_logits(model.config, idx, Int4Ops if decoder.dtype == "int4" else ops)
     rows = check.compare("decoder", None, 0, lambda **_: logits, params, {}, (), lambda **p: formula(**p)[:, take])
     assert [r for r in rows if not r.ok] == []
 
@@ -98,6 +110,23 @@ def test_prompts_logits_are_as_exact_as_the_formula(config, dtype, isa):
 def test_tokens_logits_are_as_exact_as_the_formula(config, dtype, first, isa):
     decoder, idx = fastgpt.Decoder(make_model(config), dtype), tokens(config, 2, 40)
     assert_as_exact(decoder, stepwise(decoder, idx, first), idx, slice(first - 1, None))
+
+
+WIDE = gpt.GPTConfig(n_layer=1, n_head=3, n_embd=300, block_size=70, vocab_size=97)  # more than 256 channels
+
+
+@pytest.mark.parametrize("config", [ODD, WIDE], ids=["odd", "wide"])
+def test_fast_prompts_are_as_exact_as_the_formula_on_rounded_activations(config, isa, threads):
+    """And a row's bits are its own. Without the instruction they are what they are without the option."""
+    decoder, idx = fastgpt.Decoder(make_model(config), "int8", fast_prompts=True), tokens(config, 3, 37)
+    logits = decoder.logits(idx)
+    assert_as_exact(decoder, logits, idx, ops=FastInt8Ops if has_int8_products(isa) else None)
+    same = torch.equal(logits, fastgpt.Decoder(make_model(config), "int8").logits(idx))
+    assert same != has_int8_products(isa)
+    together = stepwise(decoder, idx, 37)  # three prompts at once
+    assert torch.equal(together[:, 0], torch.cat([stepwise(decoder, row[None], 37)[:, 0] for row in idx]))
+    threads(1)
+    assert torch.equal(decoder.logits(idx), logits)
 
 
 def test_int4_is_the_same_without_the_dot_product_instruction(isa):
