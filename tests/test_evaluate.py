@@ -76,6 +76,14 @@ def test_a_dtype_loses_no_more_than_it_should(distances, dtype):
     assert results[dtype]["same"].double().mean() > same
 
 
+def test_fast_prompts_cost_little_more_than_int8(distances, trained):
+    """Measured: twice. Where the processor has no such instruction, nothing."""
+    folder, tokens = trained
+    fast = fastgpt.Decoder(str(folder), "int8", fast_prompts=True)
+    _, (result,) = evaluate.compare(fastgpt.Decoder(str(folder)), [fast], tokens, T)
+    assert result["kl"].mean() < 3 * distances[1]["int8"]["kl"].mean()
+
+
 def test_smaller_dtypes_are_farther_away(distances):
     bfloat16, int8, int4 = (float(distances[1][dtype]["kl"].mean()) for dtype in packed.DTYPES[1:])
     assert bfloat16 < int8 < int4
