@@ -249,7 +249,7 @@ def main(argv=None):
     parser.add_argument("--only", metavar="NAME,NAME", help="these variants alone, beside gpt2, which is always there")
     parser.add_argument("--data", metavar="FILE", help="text file in UTF-8 (default: Python's own help texts)")
     count = experiment.at_least(1)
-    parser.add_argument("--steps", type=count, default=300, metavar="N", help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=500, metavar="N", help="of training (default: %(default)s)")
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each (default: %(default)s)")
     for name in OPTIONS:
         default = getattr(gpt.TrainConfig, name)
