@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, generate, ops, packed
+from . import _kernels, bench, check, generate, ops, packed, train
 from .learn import ablate, cost, exercise, ladder, look
 
 
@@ -51,7 +51,7 @@ def demo():
     print("Two kinds of val loss: the lines during training take at most 256 windows, spread over the text that is")
     print("kept for it; the last line takes all of that text. So the last two differ a little.\n", flush=True)
     out = demo_folder()
-    gpt.main(["train", "--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO], ops, prog="fastgpt")
+    train.main(["--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO])
     with open(os.path.join(out, MARK), "w", encoding="utf-8") as file:
         file.write(fingerprint(out))
     print(f"\n{time.perf_counter() - started:.0f} s in all; the model is in {out!r}. To try next:\n")
@@ -113,14 +113,6 @@ def on_kernels(command):
     return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
 
 
-def train(argv):
-    """gpt.py's training on the kernels; --ops FILE puts the functions of a file of one's own in their places."""
-    parser = argparse.ArgumentParser(prog="fastgpt train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--ops", metavar="FILE")
-    args, rest = parser.parse_known_args(argv)
-    return gpt.main(["train", *rest], exercise.load_ops(args.ops) if args.ops else ops, prog="fastgpt")
-
-
 COMMANDS = {
     "info": ("versions, processor, instruction set, threads", without_options("info", info)),
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
@@ -130,7 +122,7 @@ COMMANDS = {
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
-    "train": ("train a model on a text; --ops FILE: on functions of your own", train),
+    "train": ("train a model on a text; --ops FILE: on functions of your own", lambda argv: train.main(argv)),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

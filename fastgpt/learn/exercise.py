@@ -121,7 +121,7 @@ def python_names(text, path):
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
-        raise ValueError(f"{path}: {line}{type(error).__name__}: {gpt.first_line(error)}") from None
+        raise ValueError(f"{path}: {line}{type(error).__name__}: {gpt.one_line(error)}") from None
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
