@@ -310,7 +310,7 @@ def test_the_loss_after_a_window_is_that_of_its_last_byte():
 @pytest.mark.slow
 def test_without_a_mask_the_loss_collapses_and_what_comes_after_the_window_stays_unknown(tmp_path, capsys):
     path = tmp_path / "a.json"
-    sizes = ["--n-layer", "2", "--n-embd", "64", "--block-size", "32", "--steps", "300", "--seeds", "1"]
+    sizes = "--n-layer 1 --n-embd 64 --block-size 16 --batch-size 32 --lr 5e-3 --steps 200 --seeds 1".split()
     assert main(["ablate", "--only", "no-mask", "--json", str(path), *sizes]) == 0
     runs = {name: run["seeds"]["1337"] for name, run in json.loads(path.read_text())["runs"].items()}
     assert runs["no-mask"]["loss"] < 0.5 * runs["gpt2"]["loss"]

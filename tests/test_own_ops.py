@@ -1,5 +1,6 @@
 """fastgpt train --ops FILE: a GPT that is trained on functions of one's own."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ def run(*argv):
     try:
         return main(["train", *SMALL, *argv])
     except SystemExit as error:
-        return error.code
+        if isinstance(error.code, int):
+            return error.code
+        print(error.code, file=sys.stderr)  # as the interpreter does
+        return 1
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from .. import bench, ops
+from .. import bench, data, ops
 from . import ablate, experiment
 from .ablate import VARIANTS
 
@@ -265,7 +265,7 @@ def main(argv=None):
     config = replace(config, warmup=min(config.warmup, config.steps))
     gpt.GPTConfig(**{name: getattr(config, name) for name in SIZES})
     experiment.try_files(args.json, args.plot)
-    tokens, val = gpt.load_tokens(args.data, TOKENIZER, config.block_size)
+    tokens, val = data.load_tokens(args.data, TOKENIZER, config.block_size)
     text = f"{len(tokens) + len(val)} bytes with CRC-32 {zlib.crc32(val, zlib.crc32(tokens)):08x}"
     runs = Runs(args.json, dict(text=text, steps=config.steps) | {name: getattr(config, name) for name in OPTIONS})
     try:
