@@ -21,7 +21,9 @@ from .ablate import VARIANTS
 
 TOKENIZER = gpt.get_tokenizer("bytes")
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
-OPTIONS = (*SIZES, "batch_size", "lr")  # of gpt.TrainConfig, that the command line takes
+OPTIONS = dict(
+    n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=24, lr=3e-3
+)  # of gpt.TrainConfig: small, quick
 
 
 def build(v, config):
@@ -250,9 +252,8 @@ def main(argv=None):
     parser.add_argument("--data", metavar="FILE", help="text file in UTF-8 (default: Python's own help texts)")
     count = experiment.at_least(1)
     parser.add_argument("--steps", type=count, default=500, metavar="N", help="of training (default: %(default)s)")
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each (default: %(default)s)")
-    for name in OPTIONS:
-        default = getattr(gpt.TrainConfig, name)
+    parser.add_argument("--seeds", type=count, default=4, metavar="N", help="runs of each (default: %(default)s)")
+    for name, default in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
