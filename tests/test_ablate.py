@@ -431,8 +431,7 @@ def test_another_variant_is_a_function_under_a_decorator(tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_files_stay_as_they_are(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train, val = gpt.load_tokens(None, trials.TOKENIZER, 16)
-    config = gpt.TrainConfig(n_layer=1, n_embd=16, block_size=16, steps=9)
-    settings = {name: getattr(config, name) for name in (*trials.OPTIONS, "steps")}
+    settings = trials.OPTIONS | dict(n_layer=1, n_embd=16, block_size=16, steps=9)
     text = f"{len(train) + len(val)} bytes with CRC-32 {zlib.crc32(val, zlib.crc32(train)):08x}"
     half = dict(settings=settings, runs=dict(gpt2=dict(code="", time=None, seeds={"1": dict(parameters=3)})))
     other = dict(settings=dict(text=text) | settings, runs={})
