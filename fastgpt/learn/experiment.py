@@ -95,14 +95,10 @@ def write_whole(path, write):
 
 def try_files(json_path, plot_path):
     """Find out before the minutes of training, and not after, that a result can't be written or drawn."""
+    bench.try_report_files(SimpleNamespace(json=json_path, markdown=None, plot=plot_path))
     for path in (json_path, plot_path):
         if path is not None:
-            bench.try_file(path)
             bench.try_file(f"{path}.tmp")  # see write_whole
-    if plot_path is not None:
-        known = bench.import_pyplot().figure().canvas.get_supported_filetypes()
-        if os.path.splitext(plot_path)[1][1:] not in known:
-            raise ValueError(f"--plot is {plot_path!r}, expected a name that ends in one of: .{', .'.join(known)}")
 
 
 def save_figure(figure, path):
