@@ -61,6 +61,7 @@ static bool runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] static bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 } // namespace fastgpt::avx512
 #endif
 
@@ -70,6 +71,7 @@ static bool runs_here() {
 #define FASTGPT_VECTOR_BYTES 64
 #define FASTGPT_MR 8
 #define FASTGPT_NV 3
+#define FASTGPT_BFLOAT16
 #include "all_kernels.h"
 #endif
 
@@ -85,6 +87,7 @@ static bool runs_here() {
     return false;
 #endif
 }
+static bool has_bfloat16() { return true; }
 } // namespace fastgpt::amx
 #define FASTGPT_ISA amx
 #define FASTGPT_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
@@ -101,8 +104,16 @@ static bool runs_here() {
 #define FASTGPT_BUILD_NEON
 namespace fastgpt::neon {
 static bool runs_here() { return true; }
+static bool has_bfloat16() {
+#ifdef __linux__
+    return getauxval(AT_HWCAP2) >> 14 & 1; // HWCAP2_BF16
+#else
+    return false;
+#endif
+}
 } // namespace fastgpt::neon
 #define FASTGPT_ISA neon
+#define FASTGPT_BFLOAT16
 #else
 #define FASTGPT_BUILD_GENERIC
 namespace fastgpt::generic {

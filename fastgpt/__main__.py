@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, generate, ops, packed
+from . import _kernels, bench, bfloat16, check, generate, ops, packed
 from .learn import cost, exercise, look
 
 
@@ -31,6 +31,7 @@ def info():
         print("  than half the time of a float32 multiply-add; FASTGPT_ISA=avx512 does without")
     else:
         print("matrix products: float32 multiply-adds")
+    print(f"bfloat16 products: {check.bfloat16_products()}")
     print(f"threads: {_kernels.num_threads()}, in torch's own pool (torch.set_num_threads sets their number)")
 
 
@@ -108,6 +109,16 @@ def without_options(command, function):
     return run
 
 
+def train(argv):
+    """gpt.py's train on the kernels; --dtype bfloat16 rounds the operands of matrix products, and nothing else."""
+    parser = argparse.ArgumentParser(prog="fastgpt train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    products, others = parser.parse_known_args(argv)
+    if products.dtype == "bfloat16":
+        _kernels.expect_bfloat16("--dtype bfloat16")
+    gpt.main(["train", *others], bfloat16 if products.dtype == "bfloat16" else ops, prog="fastgpt")
+
+
 def on_kernels(command):
     """A command of gpt.py's, with the kernels under it."""
     return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
@@ -120,7 +131,7 @@ COMMANDS = {
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
-    "train": ("train a model on a text", on_kernels("train")),
+    "train": ("train a model on a text; --dtype bfloat16 is faster where info says so", train),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

@@ -95,7 +95,7 @@ def limits():
     flops, reads = [], []
     for _ in range(5):
         start = time.perf_counter()
-        operations = _kernels.fma_work(5_000_000)
+        operations = _kernels.multiply_add_work(5_000_000, False)
         middle = time.perf_counter()
         size = _kernels.read_work(data)
         flops.append(operations / (middle - start) / 1e9)
