@@ -78,7 +78,9 @@ static bool runs_here() {
 #ifdef FASTGPT_BUILD_AMX // AVX-512, and matrix products on AMX
 namespace fastgpt::amx {
 static bool runs_here() {
-#ifdef __linux__ // gives a process AMX's 8 KiB of registers only if it asks
+#ifdef FASTGPT_EMULATE_AMX
+    return avx512::runs_here();
+#elif defined(__linux__) // gives a process AMX's 8 KiB of registers only if it asks
     unsigned a, b, c, d;
     const bool has_bfloat16_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
     constexpr int request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -29,7 +29,39 @@
 //
 // Compiled once per instruction set (all_kernels.h).
 
-template <int PARTS> struct AmxTiles {
+#ifdef FASTGPT_EMULATE_AMX // by the tests, on processors without it
+#include "../tests/native/emulated_amx.h"
+#else
+// The instructions, by name: compilers differ in what their own functions for them accept.
+struct AmxInstructions {
+    template <int TILE> static FASTGPT_INLINE void tilezero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
+    template <int TILE> static FASTGPT_INLINE void tileloadd(const void* rows, int64_t stride) { // in bytes
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(TILE));
+    }
+    template <int TILE> static FASTGPT_INLINE void tilestored(void* rows, int64_t stride) {
+        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(TILE) : "memory");
+    }
+    template <int SUMS, int A, int B> static FASTGPT_INLINE void tdpbf16ps() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
+    }
+
+    static FASTGPT_INLINE void begin() { // on this thread: all eight AMX tiles whole
+        struct {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) {
+            config.bytes[i] = 64;
+            config.rows[i] = 16;
+        }
+        __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    }
+    static FASTGPT_INLINE void end() { __asm__ volatile("tilerelease"); }
+};
+#endif
+
+template <int PARTS> struct AmxTiles : AmxInstructions {
     static_assert(PARTS == 1 || PARTS == 3);
     static constexpr int MR = 32, NR = 32;
     static constexpr int depth = 32; // of an AMX tile
@@ -133,32 +165,6 @@ template <int PARTS> struct AmxTiles {
                        float* packed_b) {
         return pack<true>(args.B, !args.B_transposed, n0, width, k0, kc, packed_b);
     }
-
-    // The instructions, by name: compilers differ in what their own functions for them accept.
-    template <int TILE> static FASTGPT_INLINE void tilezero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
-    template <int TILE> static FASTGPT_INLINE void tileloadd(const void* rows, int64_t stride) { // in bytes
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(TILE));
-    }
-    template <int TILE> static FASTGPT_INLINE void tilestored(void* rows, int64_t stride) {
-        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(TILE) : "memory");
-    }
-    template <int SUMS, int A, int B> static FASTGPT_INLINE void tdpbf16ps() {
-        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
-    }
-
-    static FASTGPT_INLINE void begin() { // on this thread: all eight AMX tiles whole
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
-        for (int i = 0; i < 8; i++) {
-            config.bytes[i] = 64;
-            config.rows[i] = 16;
-        }
-        __asm__ volatile("ldtilecfg %0" : : "m"(config));
-    }
-    static FASTGPT_INLINE void end() { __asm__ volatile("tilerelease"); }
 
     // n times the four products of what the AMX tiles hold: for Work (machine.h).
     static void repeat(int64_t n) {
