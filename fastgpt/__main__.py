@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval."""
+"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval; and those of learn/."""
 
 import argparse
 import hashlib
@@ -15,8 +15,8 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, bfloat16, check, generate, ops, packed
-from .learn import cost, exercise, look
+from . import _kernels, bench, check, generate, ops, packed, train
+from .learn import ablate, cost, exercise, ladder, look
 
 
 def info():
@@ -52,7 +52,7 @@ def demo():
     print("Two kinds of val loss: the lines during training take at most 256 windows, spread over the text that is")
     print("kept for it; the last line takes all of that text. So the last two differ a little.\n", flush=True)
     out = demo_folder()
-    gpt.main(["train", "--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO], ops, prog="fastgpt")
+    train.main(["--out", out, *(["--overwrite"] if is_demos_own(out) else []), *DEMO])
     with open(os.path.join(out, MARK), "w", encoding="utf-8") as file:
         file.write(fingerprint(out))
     print(f"\n{time.perf_counter() - started:.0f} s in all; the model is in {out!r}. To try next:\n")
@@ -109,16 +109,6 @@ def without_options(command, function):
     return run
 
 
-def train(argv):
-    """gpt.py's train on the kernels; --dtype bfloat16 rounds the operands of matrix products, and nothing else."""
-    parser = argparse.ArgumentParser(prog="fastgpt train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    products, others = parser.parse_known_args(argv)
-    if products.dtype == "bfloat16":
-        _kernels.expect_bfloat16("--dtype bfloat16")
-    gpt.main(["train", *others], bfloat16 if products.dtype == "bfloat16" else ops, prog="fastgpt")
-
-
 def on_kernels(command):
     """A command of gpt.py's, with the kernels under it."""
     return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
@@ -129,9 +119,14 @@ COMMANDS = {
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
     "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
+    "ablate": ("variants of GPT-2: which differences are real", lambda argv: ablate.main(argv)),
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
-    "train": ("train a model on a text; --dtype bfloat16 is faster where info says so", train),
+    "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
+    "train": (
+        "train a model; --dtype bfloat16: faster; --ops FILE: on your own functions",
+        lambda argv: train.main(argv),
+    ),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import fastgpt.train
 import gpt
 
 OPTIONS = (
@@ -36,7 +37,7 @@ def start(argv, log):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
-        gpt.main(argv)
+        fastgpt.train.main(argv[1:], gpt)
         code = 0
     except SystemExit as end:
         code = end.code

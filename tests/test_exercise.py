@@ -190,6 +190,7 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
     "mask one late": ("attention", ATTENTION.format(SCALED + "\n    att = att.masked_fill(torch.tril(torch.ones(T, T), 1) == 0, float('-inf')).softmax(-1)"), "shows one position of the future"),
     "multiplied mask": ("attention", ATTENTION.format(SCALED + "\n    att = (att * torch.ones(T, T).tril()).softmax(-1)"), "hidden scores are set to 0"),
     "no maximum": ("attention", ATTENTION.format(MASKED + "\n    att = att.exp(); att = att / att.sum(-1, keepdim=True)"), "max-subtraction"),
+    "not divided by the sum": ("attention", ATTENTION.format(MASKED + "\n    att = att.exp()"), "not divided by its sum"),
     "softmax axis": ("attention", ATTENTION.format(MASKED + "\n    att = att.softmax(-2)"), "over the queries (dim=-2)"),
     "1/D": ("attention", ATTENTION.format("/ (C // n_head)\n    att = att.masked_fill(torch.tril(torch.ones(T, T)) == 0, float('-inf')).softmax(-1)"), "divided by D; it is sqrt(D)"),
     "sqrt(C)": ("attention", ATTENTION.format("/ math.sqrt(C)\n    att = att.masked_fill(torch.tril(torch.ones(T, T)) == 0, float('-inf')).softmax(-1)"), "divided by sqrt(C)"),

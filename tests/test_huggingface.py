@@ -102,7 +102,7 @@ def test_another_model_than_gpt2_is_refused(theirs, key, value, tmp_path):
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=f"from_pretrained: {key} is"):
+    with pytest.raises(ValueError, match=f"from_pretrained: .*{key} is"):
         gpt.GPT.from_pretrained(str(tmp_path))
 
 
@@ -131,5 +131,5 @@ def test_damaged_file_is_refused(damage, tmp_path):
     path.write_bytes({"cut": data[:-4], "header": data[:8] + b"!" + data[9:], "empty": b"", "missing": b""}[damage])
     if damage == "missing":
         path.unlink()
-    with pytest.raises(ValueError, match="x.safetensors (is damaged|does not exist)"):
+    with pytest.raises(ValueError, match="x.safetensors can't be read"):
         gpt.load_tensors(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastgpt.data
 import gpt
 
 TEXTS = [
@@ -23,6 +24,11 @@ def tokenizer(request, gpt2_tokenizer_files):
 
     tiktoken.registry.ENCODINGS.pop("gpt2", None)  # read it from this test's cache
     return gpt.get_tokenizer(request.param)
+
+
+@pytest.fixture(params=(gpt.load_tokens, fastgpt.data.load_tokens), ids=("gpt.py", "in little memory"))
+def load_tokens(request):
+    return request.param
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
@@ -77,7 +83,7 @@ def encoded_in_pieces(content, tokenizer, size, monkeypatch, start=0):
             return super().read(min(n, size))
 
     out = np.empty(len(content), np.uint16)
-    return gpt.encode(File(content), start, len(content), tokenizer, out).tolist()
+    return fastgpt.data.encode(File(content), start, len(content), tokenizer, out).tolist()
 
 
 def test_pieces_of_a_text_give_the_tokens_of_the_whole(tokenizer, monkeypatch):
@@ -91,34 +97,44 @@ def test_pieces_of_a_text_give_the_tokens_of_the_whole(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("bad", (b"\xff", b"\xc3", b"\xe6\x97", b"\xed\xa0\x80", b"\xc0\xaf"))
 @pytest.mark.parametrize("at", (0, 100, (1 << 20) - 1, (1 << 20) + 5, -1))
-def test_what_is_not_utf8_is_refused_by_name(tmp_path, bad, at):
+def test_what_is_not_utf8_is_refused_by_name(load_tokens, tmp_path, bad, at):
     content = b"words and words " * 100_000
     path = tmp_path / "text.txt"
     path.write_bytes(content[:at] + bad + content[at:] if at >= 0 else content + bad)
     with pytest.raises(ValueError, match="text.txt.*expected a readable text file in UTF-8"):
-        gpt.load_tokens(str(path), gpt.get_tokenizer("bytes"), 8)
+        load_tokens(str(path), gpt.get_tokenizer("bytes"), 8)
 
 
 @pytest.mark.parametrize("extra", range(12))
-def test_the_last_tenth_begins_with_a_character(tmp_path, extra):
+def test_the_last_tenth_begins_with_a_character(load_tokens, tmp_path, extra):
     path = tmp_path / "text.txt"
     text = "日本語é" * 500 + "x" * extra
     path.write_bytes(text.encode())
-    train, val = gpt.load_tokens(str(path), gpt.get_tokenizer("bytes"), 8)
+    train, val = load_tokens(str(path), gpt.get_tokenizer("bytes"), 8)
     assert train.dtype == val.dtype == np.uint16
     assert bytes(train.tolist()).decode() + bytes(val.tolist()).decode() == text
     assert abs(len(val) - len(text.encode()) / 10) <= 4
 
 
-def test_newlines_are_kept(tmp_path):
+def test_newlines_are_kept(load_tokens, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"a\r\nb\rc\n" * 50)
-    train, val = gpt.load_tokens(str(path), gpt.get_tokenizer("bytes"), 8)
+    train, val = load_tokens(str(path), gpt.get_tokenizer("bytes"), 8)
     assert bytes((*train.tolist(), *val.tolist())) == path.read_bytes() == gpt.load_text(str(path)).encode()
 
 
-def test_text_without_a_file_gives_the_same_tokens(tokenizer):
-    train, val = gpt.load_tokens(None, tokenizer, 64)
+def test_both_ways_to_load_a_text_give_the_same_tokens(tmp_path, tokenizer):
+    rng, path = random.Random(1), tmp_path / "text.txt"
+    for _ in range(20):
+        path.write_bytes("".join(rng.choice(PARTS) for _ in range(rng.randint(4000, 9000))).encode())
+        for a, b in zip(
+            *(load(str(path), tokenizer, 8) for load in (gpt.load_tokens, fastgpt.data.load_tokens)), strict=True
+        ):
+            assert a.tolist() == b.tolist()
+
+
+def test_text_without_a_file_gives_the_same_tokens(load_tokens, tokenizer):
+    train, val = load_tokens(None, tokenizer, 64)
     assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == gpt.load_text()
 
 
@@ -129,10 +145,10 @@ def test_encoding_takes_little_memory(tmp_path, line):
     path = tmp_path / "text.txt"
     path.write_bytes(line * (size // len(line)))
     code = (
-        "import gpt, sys\n"
+        "import fastgpt.data, gpt, sys\n"
         "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) * 1024\n"
-        "tokenizer = gpt.get_tokenizer('bytes'); gpt.load_tokens(None, tokenizer, 8); before = peak()\n"
-        "train, val = gpt.load_tokens(sys.argv[1], tokenizer, 8); print(peak() - before, len(train) + len(val))\n"
+        "tokenizer = gpt.get_tokenizer('bytes'); fastgpt.data.load_tokens(None, tokenizer, 8); before = peak()\n"
+        "train, val = fastgpt.data.load_tokens(sys.argv[1], tokenizer, 8); print(peak() - before, len(train) + len(val))\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, cwd=Path(gpt.__file__).parent, timeout=300

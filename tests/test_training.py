@@ -78,7 +78,7 @@ def test_resumed_training_equals_training_in_one_go(data, tmp_path, more, monkey
         with pytest.raises(SystemExit) as stopped:
             train(tmp_path / "parts", data, *more)
         assert stopped.value.code == 130
-    assert gpt.load_tensors(tmp_path / "parts" / "training.safetensors")[1]["step"] == "7"
+    assert gpt.load_tensors(tmp_path / "parts" / "training.safetensors")[1]["step"] == str(4)
     gpt.main(["train", "--out", str(tmp_path / "parts"), "--resume"])
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
@@ -102,7 +102,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(data, tmp_path, monkeyp
         raise OSError("disk full")
 
     monkeypatch.setattr(gpt.os, "fsync", crash)
-    with pytest.raises(SystemExit, match="error: disk full"):
+    with pytest.raises(SystemExit, match="error: .*disk full"):
         train(tmp_path / "out", data, "--overwrite", "--seed", "5")
     for name, content in before.items():
         assert (tmp_path / "out" / name).read_bytes() == content
@@ -164,8 +164,8 @@ def test_built_in_text_is_english_and_large():
     [
         (["train", "--data", "/nowhere"], "error: --data is '/nowhere', expected a readable text file"),
         (["train", "--n-head", "3"], "error: GPTConfig: n_embd=128 is not a multiple of n_head=3"),
-        (["train", "--block-size", "100000"], "expected more than --block-size=100000 of each"),
-        (["train", "--resume"], "training.safetensors does not exist"),
+        (["train", "--block-size", "100000"], "expected more than 100000 in each"),
+        (["train", "--resume"], "training.safetensors can't be read as safetensors (it does not exist"),
         (["generate", "--model", "nothing"], "'nothing' is no folder and no model"),
     ],
 )

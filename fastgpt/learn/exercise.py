@@ -121,7 +121,7 @@ def python_names(text, path):
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
-        raise ValueError(f"{path}: {line}{type(error).__name__}: {gpt.first_line(error)}") from None
+        raise ValueError(f"{path}: {line}{type(error).__name__}: {gpt.one_line(error)}") from None
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -375,6 +375,8 @@ def probe(sandbox, name, names):
             f"{file}: {e.function} gives {judge.spell(answer['out'].dtype, answer['out'].shape)}, "
             f"expected {judge.spell(out.dtype, out.shape)}"
         )
+    if lost := e.inputs if answer.get("detached") else answer.get("unused"):
+        raise ValueError(f"{file}: {e.function} lets no gradient through to {', '.join(lost)}, which could not learn")
     return own_backward
 
 

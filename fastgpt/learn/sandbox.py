@@ -384,7 +384,7 @@ def line_of(error, path):
     elif isinstance(error, MemoryError) or "allocate memory" in str(error):
         what = f"it asks for more than {MEMORY >> 30} GiB of memory"
     else:
-        what = f"{type(error).__name__}: {gpt.first_line(error)[:200]}".removesuffix(f": {type(error).__name__}")
+        what = f"{type(error).__name__}: {gpt.one_line(error)[:200]}".removesuffix(f": {type(error).__name__}")
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == Path(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     return f"line {line}: {what}" if line else what
