@@ -92,13 +92,15 @@ def test_bench_writes_its_figures(tmp_path, capsys):
     assert max(map(len, printed.out.splitlines())) <= 100
     section = report.read_text()
     assert f"## {bench.processor()}, {fastgpt._kernels.isa()}" in section and "fastgpt bench --quick" in section
-    assert section.count("\n| ") == 1 + len(figures["rows"])
+    tables = [figures[name] for name in ("rows", "in_bfloat16") if name in figures]
+    assert len(tables) == 1 + fastgpt._kernels.has_bfloat16()
+    assert section.count("\n| ") == sum(1 + len(rows) for rows in tables)
 
 
 def row(**other):
     times = dict(formula=dict(ms=1234.5, spread=0.1), torch=dict(ms=0.1234, spread=0.1))
     times |= dict(compile=dict(ms=12345.6, spread=0.1), kernel=dict(ms=0.1234, spread=0.1))
-    rest = dict(best="compile", ratio=12.3, rate=1234.5, unit="GFLOP/s", share=0.5)
+    rest = dict(best="compile", ratio=12.3, rate=1234.5, unit="GFLOP/s", share=0.5, beside="formula")
     return dict(op="linear_gelu", case="1024x768 -> 3072", part="forward+backward") | times | rest | other
 
 
