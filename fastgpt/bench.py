@@ -550,6 +550,8 @@ def try_file(path):
 
 
 def main(argv=None):
+    from . import bench_step  # which needs this file
+
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, no torch.compile")
@@ -557,10 +559,14 @@ def main(argv=None):
         "--seconds", type=positive, default=2.0, metavar="S", help="time for each line (default: %(default)s)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    parser.add_argument("--step", action="store_true", help="whole training steps instead: torch's ways and fastgpt's")
+    parser.add_argument("--case", choices=bench_step.CASES, help="of --step: this one alone, without peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios here")
     args = parser.parse_args(argv)
+    if args.step and (args.markdown or args.plot) or args.case and not args.step:
+        parser.error("--step goes with --json, --seconds, --no-compile and --case, which goes with --step alone")
     for path in (args.json, args.markdown, args.plot):
         if path is not None:
             try_file(path)
@@ -568,7 +574,11 @@ def main(argv=None):
         known = import_pyplot().figure().canvas.get_supported_filetypes()
         if os.path.splitext(args.plot)[1][1:] not in known:
             raise ValueError(f"--plot is {args.plot!r}, expected a name that ends in one of: .{', .'.join(known)}")
-    results = run(args.quick, args.seconds, not (args.quick or args.no_compile))
+    compiled = not (args.quick or args.no_compile)
+    if args.step:
+        results = bench_step.main(args.seconds, compiled, args.case)
+    else:
+        results = run(args.quick, args.seconds, compiled)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
     if args.markdown:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import fastgpt
+import gpt
 from fastgpt import __main__ as front
-from fastgpt import bench, check
+from fastgpt import bench, bench_step, check
 
 COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "quantize", "dequantize", "eval")
 VERSION = f"fastgpt {importlib.metadata.version('fastgpt')}"
@@ -95,6 +96,27 @@ def test_bench_writes_its_figures(tmp_path, capsys):
     tables = [figures[name] for name in ("rows", "in_bfloat16") if name in figures]
     assert len(tables) == 1 + fastgpt._kernels.has_bfloat16()
     assert section.count("\n| ") == sum(1 + len(rows) for rows in tables)
+
+
+def test_bench_of_a_step(monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "CASES", {"tiny": (gpt.GPTConfig(1, 1, 8, 8, 11), 2)})
+    monkeypatch.setattr(bench, "limits", lambda: dict(gflops=1.0, gbs=1.0, bfloat16_gflops=1.0))
+    bench.main(["--step", "--case", "tiny", "--no-compile", "--seconds", "0.001"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [line[24:42].strip() for line in lines if line.startswith("tiny") and "tokens/s" in line]
+    dtypes = ("float32", "bfloat16") if fastgpt._kernels.has_bfloat16() else ("float32",)
+    assert names == [f"{who} {dtype}" for dtype in dtypes for who in ("torch", "fastgpt")]
+    assert all(any(f"fastgpt {dtype} is " in line for line in lines) for dtype in dtypes)
+    assert any(line.startswith("Where a step of fastgpt") for line in lines) and max(map(len, lines)) <= 100
+    model = gpt.GPT(gpt.GPTConfig(1, 1, 8, 8, 11))
+    assert all(a is b for a, b in zip(model.parameters(), bench_step.sharing(model, fastgpt).parameters(), strict=True))
+
+
+def test_bench_refuses_options_that_do_not_go_with_a_step(capsys):
+    for options in (["--step", "--plot", "x.png"], ["--case", "124M B4 T256"]):
+        with pytest.raises(SystemExit) as status:
+            bench.main(options)
+        assert status.value.code == 2 and "--step goes with" in capsys.readouterr().err
 
 
 def row(**other):
