@@ -8,7 +8,8 @@ template <class T, class X> struct Work<Fma<T, X>> { // one multiply-add in each
     static double run(int64_t n) {
         const int threads = num_threads();
         parallel_tasks(threads, [&](int64_t) {
-            vec<T> c[MR * NV];
+            vec<T> c[MR * NV]; // in registers only if every loop over them is unrolled
+#pragma GCC unroll 32
             for (int j = 0; j < MR * NV; j++) c[j] = broadcast(T(j)); // all different, or one would do for all
             if constexpr (per<X> == 1) {
                 const vec<T> a = broadcast(T(0.999)), b = broadcast(T(0.001));
@@ -22,7 +23,8 @@ template <class T, class X> struct Work<Fma<T, X>> { // one multiply-add in each
                     for (int j = 0; j < MR * NV; j++) multiply_add(c[j], one, one);
             }
             vec<T> all{};
-            for (auto& x : c) all += x;
+#pragma GCC unroll 32
+            for (int j = 0; j < MR * NV; j++) all += c[j];
             volatile T sink = sum<T>(all); // so that the work is not optimized away
             (void)sink;
         });

@@ -4,6 +4,7 @@ A step is loss, gradients, clipping and AdamW (torch's fused one for all). The c
 and take turns, as in bench.py. Then, for fastgpt: which operations a step spends its time in.
 """
 
+import os
 import statistics
 import textwrap
 from functools import partial
@@ -100,6 +101,7 @@ def run(case, seconds, compiled, limit):
 
 def where(step, most=9):
     """Which operations a step spends its time in: texts, the longest first."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says when it starts
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     events = [e for e in profile.key_averages() if e.self_cpu_time_total]
