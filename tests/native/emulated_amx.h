@@ -1,5 +1,6 @@
 // AMX's instructions in plain C++, for csrc/matmul_amx.h where FASTGPT_EMULATE_AMX is defined: the same tiles, and the
-// sums in the order that Intel's manual gives, pair by pair. With it, the kernels for AMX run wherever AVX-512 does.
+// sums in the order that Intel's manual gives: even and odd k by themselves, and then all of it to the tile. With it,
+// the kernels for AMX run wherever AVX-512 does.
 
 struct AmxInstructions {
     struct Tile {
@@ -25,11 +26,14 @@ struct AmxInstructions {
     template <int SUMS, int A, int B> static FASTGPT_NOINLINE void tdpbf16ps() {
         float sums[16][16];
         memcpy(sums, &tile(SUMS), sizeof sums);
-        for (int m = 0; m < 16; m++)
+        for (int m = 0; m < 16; m++) {
+            float products[2][16] = {};
             for (int k = 0; k < 32; k++) {
                 const float a = bfloat16(tile(A).row[m] + 2 * k);
-                for (int n = 0; n < 16; n++) sums[m][n] += a * bfloat16(tile(B).row[k / 2] + 4 * n + k % 2 * 2);
+                for (int n = 0; n < 16; n++) products[k % 2][n] += a * bfloat16(tile(B).row[k / 2] + 4 * n + k % 2 * 2);
             }
+            for (int n = 0; n < 16; n++) sums[m][n] += products[0][n] + products[1][n];
+        }
         memcpy(&tile(SUMS), sums, sizeof sums);
     }
 
