@@ -243,8 +243,11 @@ def cells(r):
 
 def show(r=None, titles=tuple(COLUMNS)):
     """Print a row, or the titles."""
-    texts = cells(r) if r else titles
-    line = "".join(f"{text:{'<' if w < 0 else '>'}{abs(w)}}" for text, w in zip(texts, COLUMNS.values(), strict=True))
+    show_texts(COLUMNS, cells(r) if r else titles)
+
+
+def show_texts(columns, texts):
+    line = "".join(f"{text:{'<' if w < 0 else '>'}{abs(w)}}" for text, w in zip(texts, columns.values(), strict=True))
     progress("")
     print(line.rstrip(), flush=True)
 
@@ -444,9 +447,19 @@ contestants take turns in one process: gpt.py's formula, torch's own ways to com
 
 def section(results, argv):
     """One machine's report in Markdown: (its heading, all of it)."""
-    about, limit, rounded = results["about"], results["limits"], results.get("in_bfloat16")
+    rows, rounded = results["rows"], results.get("in_bfloat16")
+    facts = f"Limits measured in this run: {spell(results['limits'])}."
+    below = (*notes(rows, results["about"]["isa"]), *extras(results))
+    words = "In bfloat16 products, beside the float32 kernels; torch under bfloat16 autocast:"
+    columns = dict(zip(IN_BFLOAT16_TITLES, COLUMNS.values(), strict=True))
+    second = [words, "", *table(columns, map(cells, rounded))] if rounded else []
+    return markdown(results["about"], argv, "", facts, COLUMNS, map(cells, rows), below, second)
+
+
+def markdown(about, argv, subject, facts, columns, rows, below, second=()):
+    """-> (heading, section): the machine and the command, facts, a table of texts, a second one, lines below it"""
     held = [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]
-    heading = f"## {about['cpu']}, {about['isa']}, {about['threads']} threads"
+    heading = f"## {subject}{about['cpu']}, {about['isa']}, {about['threads']} threads"
     if rivals := [setting for setting in held if not setting.startswith(("FASTGPT", "OMP"))]:
         heading += f", torch under {' '.join(rivals)}"
     command = " ".join([*held, "fastgpt bench", *map(shlex.quote, argv)])
@@ -455,22 +468,20 @@ def section(results, argv):
         "",
         f"{datetime.date.today()}, `{command}`",
         "",
-        f"fastgpt {about['fastgpt']}, torch {about['torch']}, Python {about['python']}, {about['system']}. "
-        f"Limits measured in this run: {spell(limit)}.",
+        f"fastgpt {about['fastgpt']}, torch {about['torch']}, Python {about['python']}, {about['system']}. {facts}",
         "",
-        *table(results["rows"], tuple(COLUMNS)),
-        *(["In bfloat16 products, beside the float32 kernels; torch under bfloat16 autocast:", ""] if rounded else []),
-        *(table(rounded, IN_BFLOAT16_TITLES) if rounded else []),
-        *(f"{line}  " for line in (*notes(results["rows"], about["isa"]), *extras(results))),
+        *table(columns, rows),
+        *second,
+        *(f"{line}  " for line in below),
     ]
     return heading, "\n".join(lines).rstrip() + "\n"
 
 
-def table(rows, titles):
+def table(columns, rows):
     return [
-        "| " + " | ".join(titles) + " |",
-        "|" + "|".join("---" if width < 0 else "--:" for width in COLUMNS.values()) + "|",
-        *("| " + " | ".join(cells(r)) + " |" for r in rows),
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join("---" if width < 0 else "--:" for width in columns.values()) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
         "",
     ]
 
@@ -480,7 +491,7 @@ def spell(limit):
     return text + (f", {limit['bfloat16_gflops']:.0f} GFLOP/s in bfloat16" if "bfloat16_gflops" in limit else "")
 
 
-def write_markdown(path, results, argv):
+def write_markdown(path, results, argv, section=section):
     """Put this machine's section into the file, in its old one's place or at the end."""
     heading, new = section(results, argv)
     path = Path(path)
@@ -549,24 +560,17 @@ def try_file(path):
         os.remove(path)
 
 
-def main(argv=None):
-    from . import bench_step  # which needs this file
-
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, no torch.compile")
+def add_report_options(parser, seconds):
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument(
-        "--seconds", type=positive, default=2.0, metavar="S", help="time for each line (default: %(default)s)"
+        "--seconds", type=positive, default=seconds, metavar="S", help="time for each line (default: %(default)s)"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument("--step", action="store_true", help="whole training steps instead: torch's ways and fastgpt's")
-    parser.add_argument("--case", choices=bench_step.CASES, help="of --step: this one alone, without peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios here")
-    args = parser.parse_args(argv)
-    if args.step and (args.markdown or args.plot) or args.case and not args.step:
-        parser.error("--step goes with --json, --seconds, --no-compile and --case, which goes with --step alone")
+
+
+def try_report_files(args):
     for path in (args.json, args.markdown, args.plot):
         if path is not None:
             try_file(path)
@@ -574,14 +578,35 @@ def main(argv=None):
         known = import_pyplot().figure().canvas.get_supported_filetypes()
         if os.path.splitext(args.plot)[1][1:] not in known:
             raise ValueError(f"--plot is {args.plot!r}, expected a name that ends in one of: .{', .'.join(known)}")
-    compiled = not (args.quick or args.no_compile)
-    if args.step:
-        results = bench_step.main(args.seconds, compiled, args.case)
-    else:
-        results = run(args.quick, args.seconds, compiled)
+
+
+def write_report(args, argv, results, section, plot):
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
     if args.markdown:
-        write_markdown(args.markdown, results, argv)
+        write_markdown(args.markdown, results, argv, section)
     if args.plot:
         plot(results["rows"], args.plot)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--generate" in argv:
+        from . import bench_generate
+
+        return bench_generate.main(argv)
+    if "--step" in argv:
+        from . import bench_step
+
+        return bench_step.main(argv)
+    parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--generate", action="store_true", help="generation beside other programs, with options of its own"
+    )
+    parser.add_argument("--step", action="store_true", help="whole training steps, with options of its own")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    add_report_options(parser, 2.0)
+    args = parser.parse_args(argv)
+    try_report_files(args)
+    results = run(args.quick, args.seconds, not (args.quick or args.no_compile))
+    write_report(args, argv, results, section, plot)

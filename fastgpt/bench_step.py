@@ -4,10 +4,13 @@ A step is loss, gradients, clipping and AdamW (torch's fused one for all). The c
 and take turns, as in bench.py. Then, for fastgpt: which operations a step spends its time in.
 """
 
+import argparse
+import json
 import os
 import statistics
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -120,12 +123,14 @@ def memory(name):
     return bench.peak_memory()
 
 
-def main(seconds, compiled, only=None):
+def report(seconds, compiled, only=None):
+    """Print all cases, or one. -> the figures"""
     bench.keep_memory()
     limit = bench.limits()
     print("torch {torch}, {isa}, {threads} threads; limits measured now:".format_map(bench.about()))
     print(bench.spell(limit) + "\n")
-    results = {case: run(case, seconds, compiled, limit) for case in CASES if only in (None, case)}
+    results = dict(about=bench.about(), limits=limit)
+    results["seconds"] = {case: run(case, seconds, compiled, limit) for case in CASES if only in (None, case)}
     if only is None:
         names = [f"{who} {'bfloat16' if _kernels.has_bfloat16() else 'float32'}" for who in ("fastgpt", "torch")]
         code = "from fastgpt import bench_step; print(bench_step.memory({!r}))"
@@ -133,3 +138,20 @@ def main(seconds, compiled, only=None):
         print("peak memory of 124M B4 T256: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in peaks.items()))
         results["peak MiB"] = peaks
     return results
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="fastgpt bench --step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--step", action="store_true", help="this")
+    parser.add_argument(
+        "--seconds", type=bench.positive, default=20.0, metavar="S", help="time for a case (default: 20)"
+    )
+    parser.add_argument("--case", choices=CASES, help="this one alone, without peak memory")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    if args.json:
+        bench.try_file(args.json)
+    results = report(args.seconds, not args.no_compile, args.case)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")

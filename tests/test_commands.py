@@ -112,13 +112,6 @@ def test_bench_of_a_step(monkeypatch, capsys):
     assert all(a is b for a, b in zip(model.parameters(), bench_step.sharing(model, fastgpt).parameters(), strict=True))
 
 
-def test_bench_refuses_options_that_do_not_go_with_a_step(capsys):
-    for options in (["--step", "--plot", "x.png"], ["--case", "124M B4 T256"]):
-        with pytest.raises(SystemExit) as status:
-            bench.main(options)
-        assert status.value.code == 2 and "--step goes with" in capsys.readouterr().err
-
-
 def row(**other):
     times = dict(formula=dict(ms=1234.5, spread=0.1), torch=dict(ms=0.1234, spread=0.1))
     times |= dict(compile=dict(ms=12345.6, spread=0.1), kernel=dict(ms=0.1234, spread=0.1))
