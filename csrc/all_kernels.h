@@ -6,6 +6,8 @@
 //   FASTGPT_VECTOR_BYTES    the width of a register
 //   FASTGPT_MR, FASTGPT_NV  rows and registers per row of the microkernel's register block
 //   FASTGPT_AMX             defined where matrix products run on AMX
+//   FASTGPT_BFLOAT16        defined where there is an instruction for bfloat16 products; has_bfloat16() tells whether
+//                           the processor has it
 
 #define FASTGPT_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define FASTGPT_EXPANDED_PRAGMA(...) FASTGPT_PRAGMA(__VA_ARGS__)
@@ -27,6 +29,10 @@ FASTGPT_PRAGMA(GCC target("prefer-vector-width=512"))
 namespace fastgpt::FASTGPT_ISA {
 
 #include "simd.h"
+
+#ifdef FASTGPT_BFLOAT16
+#include "bfloat16.h"
+#endif
 
 #include "microkernel.h"
 
@@ -66,16 +72,18 @@ namespace fastgpt::FASTGPT_ISA {
 
 #include "machine.h"
 
+template <class T, class Engine> constexpr ProductsFor<T> products_for() {
+    return {matmul<T, Engine>, lm_loss<T, Engine>, attention_forward<T, Engine>, attention_backward<T, Engine>,
+            Work<Engine>::run};
+}
+
 template <class T> constexpr KernelsFor<T> kernels_for() {
     KernelsFor<T> k{};
+    static_cast<ProductsFor<T>&>(k) = products_for<T, EngineFor<T>>();
     k.layer_norm_forward = layer_norm_forward<T>;
     k.layer_norm_backward = layer_norm_backward<T>;
     k.gelu_forward = gelu_forward<T>;
     k.gelu_backward = gelu_backward<T>;
-    k.matmul = matmul<T>;
-    k.lm_loss = lm_loss<T>;
-    k.attention_forward = attention_forward<T>;
-    k.attention_backward = attention_backward<T>;
     return k;
 }
 
@@ -87,8 +95,13 @@ constexpr Kernels all_kernels() {
     k.runs_here = runs_here;
     k.f32 = kernels_for<float>();
     k.f64 = kernels_for<double>();
+#if defined(FASTGPT_AMX) || defined(FASTGPT_BFLOAT16)
+    k.has_bfloat16 = has_bfloat16;
+    k.bfloat16 = products_for<float, BFloat16Engine>();
+#else
+    k.has_bfloat16 = [] { return false; };
+#endif
     k.decoder = decoder_kernels;
-    k.fma_work = fma_work;
     k.read_work = read_work;
     return k;
 }
@@ -115,3 +128,4 @@ FASTGPT_PRAGMA(GCC pop_options)
 #undef FASTGPT_MR
 #undef FASTGPT_NV
 #undef FASTGPT_AMX
+#undef FASTGPT_BFLOAT16

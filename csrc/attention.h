@@ -285,7 +285,8 @@ bool attend_backward(Engine& engine, const AttentionShape& shape, Sequence<const
         for (int c = 0; c < NQ; c += VL<T>) {
             vec<T> delta{};
             if (c < n)
-                for (int64_t d = 0; d < D; d++) delta += load(work.dOT + d * NQ + c) * load(OT + d * NQ + c);
+                for (int64_t d = 0; d < D; d++)
+                    delta += Engine::operand(load(work.dOT + d * NQ + c)) * load(OT + d * NQ + c);
             store(work.delta + c, delta);
         }
         for (int64_t i = 0; i < Dp * NQ; i++) work.dQT[i] = 0;

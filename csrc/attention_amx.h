@@ -5,9 +5,11 @@
 //
 // Compiled once per instruction set (all_kernels.h).
 
-template <> class AttentionEngine<Amx> {
+template <int PARTS> class AttentionEngine<AmxTiles<PARTS>> {
+    using Tiles = AmxTiles<PARTS>;
+
   public:
-    static constexpr int NR = Amx::NR, row_unit = Amx::MR;
+    static constexpr int NR = Tiles::NR, row_unit = Tiles::MR;
 
     static int padded(int64_t D) { return int(round_up(D, 32)); }
 
@@ -40,19 +42,22 @@ template <> class AttentionEngine<Amx> {
         dOT.data = take(of_queries);
     }
 
-    static FASTGPT_INLINE void begin() { Amx::begin(); }
-    static FASTGPT_INLINE void end() { Amx::end(); }
+    static FASTGPT_INLINE void begin() { Tiles::begin(); }
+    static FASTGPT_INLINE void end() { Tiles::end(); }
+
+    // v as the products see it.
+    static FASTGPT_INLINE vec<float> operand(vec<float> v) { return PARTS == 1 ? Tiles::to_bfloat16(v) : v; }
 
     // ---- forward
 
     bool pack_keys_and_values(int64_t new_head, int64_t n, HeadRows<float> k, HeadRows<float> v) {
         if (head == new_head && packed_keys >= n) return true;
-        const bool ok = K.from_rows<A>(k, n, D) && V.from_columns<A>(v, D, n);
+        const bool ok = K.template from_rows<A>(k, n, D) && V.template from_columns<A>(v, D, n);
         head = ok ? new_head : -1;
         packed_keys = n;
         return ok;
     }
-    bool pack_queries(HeadRows<float> q, int n) { return Q.from_rows<B>(times_scale(q, n), n, D); }
+    bool pack_queries(HeadRows<float> q, int n) { return Q.template from_rows<B>(times_scale(q, n), n, D); }
 
     void scores(const Tile<float>& tile, int p, float* S) const { // S^T = K Q^T
         for (int64_t i = 0; i < tile.rows; i += 32)
@@ -60,7 +65,7 @@ template <> class AttentionEngine<Amx> {
     }
     bool add_values(const Tile<float>& tile, const float* weights, float* OT) { // O^T += V^T P^T
         const int64_t keys = round_up(tile.rows, 32);
-        if (!P.from_columns<B>({weights, NR}, NR, keys)) return false;
+        if (!P.template from_columns<B>({weights, NR}, NR, keys)) return false;
         for (int64_t d = 0; d < Dp; d += 32) multiply(V, d, tile.k0, P, 0, 0, keys, OT + d * NR, NR, true);
         return true;
     }
@@ -68,11 +73,12 @@ template <> class AttentionEngine<Amx> {
     // ---- backward: K and V of a range of keys; `j` counts from its first
 
     bool pack_range(int64_t n, HeadRows<float> k, HeadRows<float> v) {
-        return K.from_rows<A>(k, n, D) && V.from_rows<A>(v, n, D) && KT.from_columns<A>(k, D, n);
+        return K.template from_rows<A>(k, n, D) && V.template from_rows<A>(v, n, D) &&
+               KT.template from_columns<A>(k, D, n);
     }
     bool pack_queries_and_gradients(HeadRows<float> q, HeadRows<float> dout, int n) {
-        return Q.from_rows<B>(times_scale(q, n), n, D) && dO.from_rows<B>(dout, n, D) && QT.from_columns<B>(q, D, n) &&
-               dOT.from_columns<B>(dout, D, n);
+        return Q.template from_rows<B>(times_scale(q, n), n, D) && dO.template from_rows<B>(dout, n, D) &&
+               QT.template from_columns<B>(q, D, n) && dOT.template from_columns<B>(dout, D, n);
     }
     void scores_and_gradients(const Tile<float>& tile, int64_t j, float* S, float* dP) const {
         for (int64_t i = 0; i < tile.rows; i += 32)
@@ -85,8 +91,8 @@ template <> class AttentionEngine<Amx> {
     bool add_gradients(const Tile<float>& tile, int64_t j, int n, const float* weights, const float* dscores, float* dV,
                        float* dK, float* dQT) {
         const int64_t keys = round_up(tile.rows, 32);
-        if (!P.from_rows<A>({weights, NQ}, keys, n) || !dS.from_rows<A>({dscores, NQ}, keys, n) ||
-            !dST.from_columns<B>({dscores, NQ}, n, keys))
+        if (!P.template from_rows<A>({weights, NQ}, keys, n) || !dS.template from_rows<A>({dscores, NQ}, keys, n) ||
+            !dST.template from_columns<B>({dscores, NQ}, n, keys))
             return false;
         for (int64_t i = 0; i < keys; i += 32) {
             const int64_t first = max<int64_t>(tile.k0 + i - tile.q0, 0) / 32 * 32; // query that sees one of these keys
@@ -104,11 +110,11 @@ template <> class AttentionEngine<Amx> {
     }
 
   private:
-    static constexpr bool A = false, B = true; // Amx::pack's OF_B: the side of a product that a matrix is on
+    static constexpr bool A = false, B = true; // Tiles::pack's OF_B: the side of a product that a matrix is on
 
-    // Floats of `count` rows or columns, `depth` long, in three parts.
+    // Floats of `count` rows or columns, `depth` long, in its parts.
     static int64_t packed_size(int64_t count, int64_t depth) {
-        return round_up(count, 32) * round_up(depth, 32) * Amx::bytes / 4;
+        return round_up(count, 32) * round_up(depth, 32) * Tiles::bytes / 4;
     }
 
     // `count` rows (of A) or columns (of B), `depth` long, as AMX tiles.
@@ -116,27 +122,27 @@ template <> class AttentionEngine<Amx> {
         float* data = nullptr;
         int64_t depth = 0;
 
-        // x(i) is row or column i; or x(k) is element k of all of them. -> has every value three parts?
+        // x(i) is row or column i; or x(k) is element k of all of them. -> has every value its parts?
         template <bool SIDE> bool from_rows(HeadRows<float> x, int64_t count, int64_t depth_) {
             depth = depth_;
             const auto rows = Rows<const float>::contiguous(x.data, count, x.ld);
-            return Amx::pack<SIDE>(rows, false, 0, count, 0, depth, data);
+            return Tiles::template pack<SIDE>(rows, false, 0, count, 0, depth, data);
         }
         template <bool SIDE> bool from_columns(HeadRows<float> x, int64_t count, int64_t depth_) {
             depth = depth_;
             const auto rows = Rows<const float>::contiguous(x.data, depth, x.ld);
-            return Amx::pack<SIDE>(rows, true, 0, count, 0, depth, data);
+            return Tiles::template pack<SIDE>(rows, true, 0, count, 0, depth, data);
         }
         // The AMX tiles of row or column i from k on, both multiples of 32.
         FASTGPT_INLINE const float* at(int64_t i, int64_t k) const {
-            return data + (i * round_up(depth, 32) + k * 32) * Amx::bytes / 4;
+            return data + (i * round_up(depth, 32) + k * 32) * Tiles::bytes / 4;
         }
     };
 
     // C (32, 32) = or += 32 rows of x from i on, times 32 columns of y from j on; `depth` from k_x and k_y on.
     static FASTGPT_INLINE void multiply(const Packed& x, int64_t i, int64_t k_x, const Packed& y, int64_t j,
                                         int64_t k_y, int64_t depth, float* C, int64_t ldc, bool accumulate) {
-        Amx::multiply(depth, x.at(i, k_x), y.at(j, k_y), NR, C, ldc, accumulate);
+        Tiles::multiply(depth, x.at(i, k_x), y.at(j, k_y), NR, C, ldc, accumulate);
     }
 
     HeadRows<float> times_scale(HeadRows<float> q, int n) const {

@@ -21,6 +21,31 @@ const Kernels* kernels = nullptr; // the chosen ones
 const KernelsFor<float>& chosen(const Arguments<float>&) { return kernels->f32; }
 const KernelsFor<double>& chosen(const Arguments<double>&) { return kernels->f64; }
 
+bool has_bfloat16() { return kernels->has_bfloat16(); }
+
+// Throws where there are no bfloat16 products.
+void expect_bfloat16(const string& who) {
+    if (has_bfloat16()) return;
+    string here;
+    for (const Kernels* k = kernels_begin; k < kernels_end; k++)
+        if (k->runs_here())
+            here += (here.empty() ? "" : ", ") + string(k->name) + (k->has_bfloat16() ? " with bfloat16" : "");
+    throw py::value_error(who + ": bfloat16 products need AVX-512 BF16, AMX or ARM's BF16; in use is " + kernels->name +
+                          ", and this processor has " + here);
+}
+
+// The kernels that are made of matrix products: on float32 or float64, or on float32 in bfloat16 products.
+const ProductsFor<float>& products(const Arguments<float>& args, bool bfloat16) {
+    if (bfloat16) expect_bfloat16(args.op);
+    return bfloat16 ? kernels->bfloat16 : kernels->f32;
+}
+const ProductsFor<double>& products(const Arguments<double>& args, bool bfloat16) {
+    if (bfloat16)
+        throw py::type_error(string(args.op) + ": " + args.leader +
+                             " has dtype float64, expected float32 (bfloat16 products)");
+    return kernels->f64;
+}
+
 // Below, x_ is an array from Python, and x what a kernel gets of it.
 
 // -------------------------------------------------------------------------------------------- layer_norm
@@ -96,28 +121,31 @@ template <class T> struct Operands {
     }
 };
 
-void linear_forward(const Array& x_, const Array& weight_, const OptionalArray& bias_, const Array& out_) {
+void linear_forward(const Array& x_, const Array& weight_, const OptionalArray& bias_, bool bfloat16,
+                    const Array& out_) {
     with_dtype_of("linear", "x", x_, [&](auto args) {
         const Operands of(args, "x", x_, weight_, "N");
         const auto bias = args.input("bias", bias_, {of.N});
         const auto out = args.output("out", out_, of.y_shape);
-        compute([&] { chosen(args).matmul({of.M, of.N, of.K, of.x, false, of.weight, true, out, false, bias}); });
+        const auto matmul = products(args, bfloat16).matmul;
+        compute([&] { matmul({of.M, of.N, of.K, of.x, false, of.weight, true, out, false, bias}); });
     });
 }
 
 // inner: linear's result, for gelu's backward.
-void linear_gelu_forward(const Array& x_, const Array& weight_, const OptionalArray& bias_, const Array& out_,
-                         const Array& inner_) {
+void linear_gelu_forward(const Array& x_, const Array& weight_, const OptionalArray& bias_, bool bfloat16,
+                         const Array& out_, const Array& inner_) {
     with_dtype_of("linear_gelu", "x", x_, [&](auto args) {
         const Operands of(args, "x", x_, weight_, "N");
         const auto bias = args.input("bias", bias_, {of.N});
         const auto out = args.output("out", out_, of.y_shape);
         const auto inner = args.optional_output("inner", inner_, of.y_shape), y = inner ? inner : out;
-        compute([&] { chosen(args).matmul({of.M, of.N, of.K, of.x, false, of.weight, true, y, false, bias, out}); });
+        const auto matmul = products(args, bfloat16).matmul;
+        compute([&] { matmul({of.M, of.N, of.K, of.x, false, of.weight, true, y, false, bias, out}); });
     });
 }
 
-void linear_backward(const Array& dout_, const Array& x_, const Array& weight_, const Array& dx_,
+void linear_backward(const Array& dout_, const Array& x_, const Array& weight_, bool bfloat16, const Array& dx_,
                      const Array& dweight_) {
     with_dtype_of("linear_backward", "x", x_, [&](auto args) {
         const Operands of(args, "x", x_, weight_, "N");
@@ -125,9 +153,10 @@ void linear_backward(const Array& dout_, const Array& x_, const Array& weight_, 
         args.channels("dout", dout_);
         const auto dx = args.optional_output("dx", dx_, shape_of(x_));
         const auto dweight = args.optional_output("dweight", dweight_, {of.N, of.K});
+        const auto matmul = products(args, bfloat16).matmul;
         compute([&] {
-            if (dx) chosen(args).matmul({of.M, of.K, of.N, dout, false, of.weight, false, dx});
-            if (dweight) chosen(args).matmul({of.N, of.K, of.M, dout, true, of.x, false, dweight});
+            if (dx) matmul({of.M, of.K, of.N, dout, false, of.weight, false, dx});
+            if (dweight) matmul({of.N, of.K, of.M, dout, true, of.x, false, dweight});
         });
     });
 }
@@ -135,8 +164,8 @@ void linear_backward(const Array& dout_, const Array& x_, const Array& weight_, 
 // ----------------------------------------------------------------------------------------------- lm_loss
 
 // dhidden and dweight: the gradients for dloss = 1.
-void lm_loss_forward(const Array& hidden_, const Array& weight_, const Array& targets_, const Array& loss_,
-                     const Array& dhidden_, const Array& dweight_) {
+void lm_loss_forward(const Array& hidden_, const Array& weight_, const Array& targets_, bool bfloat16,
+                     const Array& loss_, const Array& dhidden_, const Array& dweight_) {
     with_dtype_of("lm_loss", "hidden", hidden_, [&](auto args) {
         const Operands of(args, "hidden", hidden_, weight_, "V");
         const int64_t V = of.N, C = of.K;
@@ -149,7 +178,8 @@ void lm_loss_forward(const Array& hidden_, const Array& weight_, const Array& ta
         const auto loss = args.output("loss", loss_, {});
         const auto dhidden = args.optional_output("dhidden", dhidden_, shape_of(hidden_));
         const auto dweight = args.optional_output("dweight", dweight_, {V, C});
-        compute([&] { *loss = chosen(args).lm_loss(of.x, of.weight, targets, of.M, C, V, dhidden, dweight); });
+        const auto lm_loss = products(args, bfloat16).lm_loss;
+        compute([&] { *loss = lm_loss(of.x, of.weight, targets, of.M, C, V, dhidden, dweight); });
     });
 }
 
@@ -170,19 +200,20 @@ template <class T> AttentionShape attention_shape(const Arguments<T>& args, cons
     return {int64_t(qkv_.shape(0)), int64_t(qkv_.shape(1)), n_head, channels / (3 * n_head), dropout, uint64_t(key)};
 }
 
-void attention_forward(const Array& qkv_, int64_t n_head, double dropout, const py::int_& seed, const Array& out_,
-                       const Array& stats_) {
+void attention_forward(const Array& qkv_, int64_t n_head, double dropout, const py::int_& seed, bool bfloat16,
+                       const Array& out_, const Array& stats_) {
     with_dtype_of("attention", "qkv", qkv_, [&](auto args) {
         const auto s = attention_shape(args, qkv_, n_head, dropout, seed);
         const auto qkv = args.sequence("qkv", qkv_, {s.B, s.T, 3 * s.H * s.D});
         const auto out = args.output("out", out_, {s.B, s.T, s.H * s.D});
         const auto stats = args.output("stats", stats_, {2, s.B, s.H, s.T});
-        if (s.B > 0 && s.T > 0) compute([&] { chosen(args).attention_forward(s, qkv, out, stats); });
+        const auto attention = products(args, bfloat16).attention_forward;
+        if (s.B > 0 && s.T > 0) compute([&] { attention(s, qkv, out, stats); });
     });
 }
 
 void attention_backward(const Array& dout_, const Array& qkv_, const Array& out_, const Array& stats_, int64_t n_head,
-                        double dropout, const py::int_& seed, const Array& dqkv_) {
+                        double dropout, const py::int_& seed, bool bfloat16, const Array& dqkv_) {
     with_dtype_of("attention_backward", "qkv", qkv_, [&](auto args) {
         const auto s = attention_shape(args, qkv_, n_head, dropout, seed);
         const auto qkv = args.sequence("qkv", qkv_, {s.B, s.T, 3 * s.H * s.D});
@@ -190,7 +221,8 @@ void attention_backward(const Array& dout_, const Array& qkv_, const Array& out_
         const auto out = args.sequence("out", out_, {s.B, s.T, s.H * s.D});
         const auto stats = args.input("stats", stats_, {2, s.B, s.H, s.T});
         const auto dqkv = args.output("dqkv", dqkv_, shape_of(qkv_));
-        if (s.B > 0 && s.T > 0) compute([&] { chosen(args).attention_backward(s, dout, qkv, out, stats, dqkv); });
+        const auto attention = products(args, bfloat16).attention_backward;
+        if (s.B > 0 && s.T > 0) compute([&] { attention(s, dout, qkv, out, stats, dqkv); });
     });
 }
 
@@ -241,13 +273,15 @@ PYBIND11_MODULE(_kernels, m) {
           "dbias"_a);
     m.def("gelu_forward", gelu_forward, "x"_a, "out"_a);
     m.def("gelu_backward", gelu_backward, "dout"_a, "x"_a, "dx"_a);
-    m.def("linear_forward", linear_forward, "x"_a, "weight"_a, "bias"_a, "out"_a);
-    m.def("linear_gelu_forward", linear_gelu_forward, "x"_a, "weight"_a, "bias"_a, "out"_a, "inner"_a);
-    m.def("linear_backward", linear_backward, "dout"_a, "x"_a, "weight"_a, "dx"_a, "dweight"_a);
-    m.def("lm_loss_forward", lm_loss_forward, "hidden"_a, "weight"_a, "targets"_a, "loss"_a, "dhidden"_a, "dweight"_a);
-    m.def("attention_forward", attention_forward, "qkv"_a, "n_head"_a, "dropout"_a, "seed"_a, "out"_a, "stats"_a);
+    m.def("linear_forward", linear_forward, "x"_a, "weight"_a, "bias"_a, "bfloat16"_a, "out"_a);
+    m.def("linear_gelu_forward", linear_gelu_forward, "x"_a, "weight"_a, "bias"_a, "bfloat16"_a, "out"_a, "inner"_a);
+    m.def("linear_backward", linear_backward, "dout"_a, "x"_a, "weight"_a, "bfloat16"_a, "dx"_a, "dweight"_a);
+    m.def("lm_loss_forward", lm_loss_forward, "hidden"_a, "weight"_a, "targets"_a, "bfloat16"_a, "loss"_a, "dhidden"_a,
+          "dweight"_a);
+    m.def("attention_forward", attention_forward, "qkv"_a, "n_head"_a, "dropout"_a, "seed"_a, "bfloat16"_a, "out"_a,
+          "stats"_a);
     m.def("attention_backward", attention_backward, "dout"_a, "qkv"_a, "out"_a, "stats"_a, "n_head"_a, "dropout"_a,
-          "seed"_a, "dqkv"_a);
+          "seed"_a, "bfloat16"_a, "dqkv"_a);
 
     bind_decoder(m);
 
@@ -255,6 +289,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def(
         "isa", [] { return kernels->name; }, "The instruction set in use.");
     m.def("set_isa", set_isa, "name"_a);
+    m.def("has_bfloat16", has_bfloat16, "Does the instruction set in use have bfloat16 products here?");
+    m.def("expect_bfloat16", expect_bfloat16, "who"_a, "ValueError, in the name of `who`, where it has none.");
     m.def(
         "use_thread_pool",
         [](uintptr_t parallel_for, uintptr_t threads) {
@@ -264,12 +300,13 @@ PYBIND11_MODULE(_kernels, m) {
         "torch_parallel_for"_a, "torch_get_num_threads"_a, "Take torch's pool; addresses from ctypes.");
     m.def("num_threads", num_threads);
     m.def(
-        "fma_work",
-        [](int64_t n) {
+        "multiply_add_work",
+        [](int64_t n, bool bfloat16) {
+            const auto work = products(Arguments<float>{"multiply_add_work"}, bfloat16).work;
             double operations = 0;
-            compute([&] { operations = kernels->fma_work(n); });
+            compute([&] { operations = work(n); });
             return operations;
         },
-        "n"_a, "n rounds of multiply-adds in registers on every thread -> floating-point operations");
+        "n"_a, "bfloat16"_a, "n rounds of multiply-adds in registers on every thread -> floating-point operations");
     m.def("read_work", read_work, "data"_a, "Adds up a float32 array on all threads -> bytes read");
 }

@@ -61,6 +61,7 @@ static bool runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] static bool has_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 } // namespace fastgpt::avx512
 #endif
 
@@ -70,13 +71,16 @@ static bool runs_here() {
 #define FASTGPT_VECTOR_BYTES 64
 #define FASTGPT_MR 8
 #define FASTGPT_NV 3
+#define FASTGPT_BFLOAT16
 #include "all_kernels.h"
 #endif
 
 #ifdef FASTGPT_BUILD_AMX // AVX-512, and matrix products on AMX
 namespace fastgpt::amx {
 static bool runs_here() {
-#ifdef __linux__ // gives a process AMX's 8 KiB of registers only if it asks
+#ifdef FASTGPT_EMULATE_AMX
+    return avx512::runs_here();
+#elif defined(__linux__) // gives a process AMX's 8 KiB of registers only if it asks
     unsigned a, b, c, d;
     const bool has_bfloat16_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
     constexpr int request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -85,6 +89,7 @@ static bool runs_here() {
     return false;
 #endif
 }
+static bool has_bfloat16() { return true; }
 } // namespace fastgpt::amx
 #define FASTGPT_ISA amx
 #define FASTGPT_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
@@ -101,8 +106,16 @@ static bool runs_here() {
 #define FASTGPT_BUILD_NEON
 namespace fastgpt::neon {
 static bool runs_here() { return true; }
+static bool has_bfloat16() {
+#ifdef __linux__
+    return getauxval(AT_HWCAP2) >> 14 & 1; // HWCAP2_BF16
+#else
+    return false;
+#endif
+}
 } // namespace fastgpt::neon
 #define FASTGPT_ISA neon
+#define FASTGPT_BFLOAT16
 #else
 #define FASTGPT_BUILD_GENERIC
 namespace fastgpt::generic {

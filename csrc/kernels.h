@@ -113,19 +113,24 @@ struct AttentionShape {
     uint64_t seed;
 };
 
-template <class T> struct KernelsFor {
-    void (*layer_norm_forward)(const Rows<const T>& x, const T* weight, const T* bias, T eps, int64_t C, T* y, T* mean,
-                               T* rstd);
-    void (*layer_norm_backward)(const Rows<const T>& dy, const Rows<const T>& x, const T* weight, const T* mean,
-                                const T* rstd, int64_t C, T* dx, T* dweight, T* dbias);
-    void (*gelu_forward)(const Rows<const T>& x, int64_t C, T* y);
-    void (*gelu_backward)(const Rows<const T>& dy, const Rows<const T>& x, int64_t C, T* dx);
+// What is made of matrix products, for one kind of them.
+template <class T> struct ProductsFor {
     void (*matmul)(const MatmulArgs<T>& args);
     double (*lm_loss)(const Rows<const T>& hidden, const Rows<const T>& weight, const int64_t* targets, int64_t M,
                       int64_t C, int64_t V, T* dhidden, T* dweight);
     void (*attention_forward)(const AttentionShape& shape, Sequence<const T> qkv, T* out, T* stats);
     void (*attention_backward)(const AttentionShape& shape, Sequence<const T> dout, Sequence<const T> qkv,
                                Sequence<const T> out, const T* stats, T* dqkv);
+    double (*work)(int64_t n); // n rounds of multiply-adds in registers, on every thread -> floating-point operations
+};
+
+template <class T> struct KernelsFor : ProductsFor<T> {
+    void (*layer_norm_forward)(const Rows<const T>& x, const T* weight, const T* bias, T eps, int64_t C, T* y, T* mean,
+                               T* rstd);
+    void (*layer_norm_backward)(const Rows<const T>& dy, const Rows<const T>& x, const T* weight, const T* mean,
+                                const T* rstd, int64_t C, T* dx, T* dweight, T* dbias);
+    void (*gelu_forward)(const Rows<const T>& x, int64_t C, T* y);
+    void (*gelu_backward)(const Rows<const T>& dy, const Rows<const T>& x, int64_t C, T* dx);
 };
 
 struct DecoderKernels {
@@ -144,8 +149,9 @@ struct Kernels {
     bool (*runs_here)();
     KernelsFor<float> f32;
     KernelsFor<double> f64;
+    bool (*has_bfloat16)();      // does the processor have the instruction that `bfloat16` needs?
+    ProductsFor<float> bfloat16; // of operands rounded to bfloat16; all else is float32. Empty where there are none
     DecoderKernels decoder;
-    double (*fma_work)(int64_t n); // does n fused multiply-adds a lane; -> their number in all
     double (*read_work)(const float* data, int64_t n, double* out); // sums n floats into *out; -> bytes read
 };
 

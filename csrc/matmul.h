@@ -21,17 +21,22 @@
 // Names and order of the loops are those of BLIS. Each sum runs in one order, KC at a time, whatever the C blocks are,
 // so the bits do not depend on the number of threads.
 //
-// What multiplies is an engine: Fma (matmul_fma.h) or Amx (matmul_amx.h). An engine tells its MR, NR, KC and largest C
-// block; packs A and B; and multiplies one micro-panel of A with one panel of B. One that can't multiply infinities and
-// NaN says so when it packs them (packed_ok), and Fma takes its place.
+// What multiplies is an engine: Fma (matmul_fma.h) or AmxTiles (matmul_amx.h), each for float32 products and for those
+// of operands rounded to bfloat16, which the caller chooses: the tensors are float32 all the same. An engine tells its
+// MR, NR, KC and largest C block; packs A and B; and multiplies one micro-panel of A with one panel of B. One that
+// can't multiply infinities and NaN says so when it packs them (packed_ok), and Fma takes its place.
 //
 // Compiled once per instruction set (all_kernels.h).
 
 // The engine for T, unless the caller names another.
 #ifdef FASTGPT_AMX
 template <class T> using EngineFor = std::conditional_t<std::is_same_v<T, float>, Amx, Fma<T>>;
+using BFloat16Engine = AmxBFloat16;
 #else
 template <class T> using EngineFor = Fma<T>;
+#ifdef FASTGPT_BFLOAT16
+using BFloat16Engine = Fma<float, Pair>;
+#endif
 #endif
 
 // C blocks: as large as caches allow, since each packs its rows of A and columns of B again; as many as keep all

@@ -25,14 +25,49 @@
 //
 // Infinities and NaN have no such sum (inf - inf is NaN): a micro-panel or panel that has one is left to Fma.
 //
+// Where bfloat16 products are wanted, x0 alone stands for x, and one product does instead of six: PARTS is 1.
+//
 // Compiled once per instruction set (all_kernels.h).
 
-struct Amx {
+#ifdef FASTGPT_EMULATE_AMX // by the tests, on processors without it
+#include "../tests/native/emulated_amx.h"
+#else
+// The instructions, by name: compilers differ in what their own functions for them accept.
+struct AmxInstructions {
+    template <int TILE> static FASTGPT_INLINE void tilezero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
+    template <int TILE> static FASTGPT_INLINE void tileloadd(const void* rows, int64_t stride) { // in bytes
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(TILE));
+    }
+    template <int TILE> static FASTGPT_INLINE void tilestored(void* rows, int64_t stride) {
+        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(TILE) : "memory");
+    }
+    template <int SUMS, int A, int B> static FASTGPT_INLINE void tdpbf16ps() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
+    }
+
+    static FASTGPT_INLINE void begin() { // on this thread: all eight AMX tiles whole
+        struct {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) {
+            config.bytes[i] = 64;
+            config.rows[i] = 16;
+        }
+        __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    }
+    static FASTGPT_INLINE void end() { __asm__ volatile("tilerelease"); }
+};
+#endif
+
+template <int PARTS> struct AmxTiles : AmxInstructions {
+    static_assert(PARTS == 1 || PARTS == 3);
     static constexpr int MR = 32, NR = 32;
     static constexpr int depth = 32; // of an AMX tile
     static constexpr bool handles_nonfinite = false;
-    static constexpr int64_t KC = 384, max_rows = 512, max_columns = 1536, row_unit = MR;
-    static constexpr int64_t bytes = 3 * 2;            // of a float's three parts
+    static constexpr int64_t KC = 384 * 3 / PARTS, max_rows = 512, max_columns = 1536, row_unit = MR;
+    static constexpr int64_t bytes = PARTS * 2;        // of a float's parts
     static constexpr int64_t part_bytes = 32 * 32 * 2; // of one part of 32 x 32 values: two AMX tiles
 
     // In floats: a micro-panel of A, a panel of B.
@@ -45,7 +80,18 @@ struct Amx {
         return first && width == NR && ldc % 16 == 0;
     }
 
-    // 16 rows of 32 values (`along` the depth), or 32 rows of 16, become the AMX tiles of their three parts, part_bytes
+    // x rounded to the nearest bfloat16. The first of three parts may be any neighbour: ties go up, which is quicker.
+    static FASTGPT_INLINE vec<float> to_bfloat16(vec<float> x) {
+        simd<float>::bits part;
+        __builtin_memcpy(&part, &x, sizeof part);
+        if (PARTS == 1) part += 0x7FFFu + (part >> 16 & 1u);
+        else part += 0x8000u;
+        part &= 0xFFFF0000u;
+        __builtin_memcpy(&x, &part, sizeof part);
+        return x;
+    }
+
+    // 16 rows of 32 values (`along` the depth), or 32 rows of 16, become the AMX tiles of their parts, part_bytes
     // apart. Pair i of a tile's row is of k = i and 16 + i: the order in the depth is free, so long as A and B agree.
     // TURN: rows become columns. -> was every value finite?
     template <bool TURN, class Row>
@@ -63,26 +109,23 @@ struct Amx {
         }
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-            bits pair[3];
+            bits pair[PARTS];
             for (int half = 0; half < 2; half++) {
                 vec<float> rest = x[half][i];
-                for (int p = 0; p < 3; p++) {
+                for (int p = 0; p < PARTS; p++) {
+                    const vec<float> value = p < 2 ? to_bfloat16(rest) : rest; // the third is exact but for subnormals
                     bits part;
-                    __builtin_memcpy(&part, &rest, sizeof part);
-                    // Round to nearest bfloat16; the third part is exact except for subnormals.
-                    if (p < 2) part += 0x8000u;
+                    __builtin_memcpy(&part, &value, sizeof part);
                     part &= 0xFFFF0000u;
-                    vec<float> value;
-                    __builtin_memcpy(&value, &part, sizeof value);
-                    if (p < 2) rest -= value;
-                    else residue += value;
+                    rest -= value;
                     pair[p] = half ? pair[p] | part : part >> 16;
                 }
+                residue += rest - rest;
             }
 #pragma GCC unroll 3
-            for (int p = 0; p < 3; p++) __builtin_memcpy(to + part_bytes * p + 64 * i, &pair[p], 64);
+            for (int p = 0; p < PARTS; p++) __builtin_memcpy(to + part_bytes * p + 64 * i, &pair[p], 64);
         }
-        const float sum_of_residues = sum<float>(residue); // NaN for inf - inf, or where rounding up gave an infinity
+        const float sum_of_residues = sum<float>(residue); // NaN for inf - inf, also where rounding gave an infinity
         return sum_of_residues == sum_of_residues;
     }
 
@@ -123,31 +166,19 @@ struct Amx {
         return pack<true>(args.B, !args.B_transposed, n0, width, k0, kc, packed_b);
     }
 
-    // The instructions, by name: compilers differ in what their own functions for them accept.
-    template <int TILE> static FASTGPT_INLINE void tilezero() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
-    template <int TILE> static FASTGPT_INLINE void tileloadd(const void* rows, int64_t stride) { // in bytes
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(TILE));
-    }
-    template <int TILE> static FASTGPT_INLINE void tilestored(void* rows, int64_t stride) {
-        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(TILE) : "memory");
-    }
-    template <int SUMS, int A, int B> static FASTGPT_INLINE void tdpbf16ps() {
-        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(A), "i"(B));
-    }
-
-    static FASTGPT_INLINE void begin() { // on this thread: all eight AMX tiles whole
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
-        for (int i = 0; i < 8; i++) {
-            config.bytes[i] = 64;
-            config.rows[i] = 16;
+    // n times the four products of what the AMX tiles hold: for Work (machine.h).
+    static void repeat(int64_t n) {
+        tilezero<4>();
+        tilezero<5>();
+        tilezero<6>();
+        tilezero<7>();
+        for (int64_t i = 0; i < n; i++) {
+            tdpbf16ps<0, 4, 6>();
+            tdpbf16ps<1, 4, 7>();
+            tdpbf16ps<2, 5, 6>();
+            tdpbf16ps<3, 5, 7>();
         }
-        __asm__ volatile("ldtilecfg %0" : : "m"(config));
     }
-    static FASTGPT_INLINE void end() { __asm__ volatile("tilerelease"); }
 
     // C (32, 32) = or += a micro-panel of A times a panel of B.
     static FASTGPT_NOINLINE void multiply(int64_t kc, const float* packed_a, const float* packed_b, int64_t, float* C,
@@ -183,18 +214,22 @@ struct Amx {
         }
         for (int64_t k = 0; k < kc; k += depth) {
             load_b(0);
-            load_a(2);
-            add_products(); // a2 b0
-            load_a(1);
-            add_products(); // a1 b0
+            if constexpr (PARTS == 3) {
+                load_a(2);
+                add_products(); // a2 b0
+                load_a(1);
+                add_products(); // a1 b0
+            }
             load_a(0);
             add_products(); // a0 b0
-            load_b(2);
-            add_products(); // a0 b2
-            load_b(1);
-            add_products(); // a0 b1
-            load_a(1);
-            add_products(); // a1 b1
+            if constexpr (PARTS == 3) {
+                load_b(2);
+                add_products(); // a0 b2
+                load_b(1);
+                add_products(); // a0 b1
+                load_a(1);
+                add_products(); // a1 b1
+            }
             a += MR * depth * bytes;
             b += NR * depth * bytes;
         }
@@ -204,3 +239,6 @@ struct Amx {
         tilestored<3>(C + 16 * ldc + 16, stride);
     }
 };
+
+using Amx = AmxTiles<3>; // as exact as float32
+using AmxBFloat16 = AmxTiles<1>;

@@ -13,6 +13,9 @@
 // with the 32 of AVX-512. That is enough independent additions to keep two FMA units busy, and each loaded value is
 // used MR or NV times (the names are those of BLIS, Van Zee and van de Geijn 2015).
 //
+// A and B hold values of T, or of X where that is not T: pairs of bfloat16 (bfloat16.h), of which a lane of C takes
+// both products at once, so that k counts pairs.
+//
 // Compiled once per instruction set (all_kernels.h).
 
 constexpr int MR = FASTGPT_MR, NV = FASTGPT_NV;
@@ -31,18 +34,21 @@ template <class T> struct PackedA { // micro-panels (packing.h), `stride` values
     FASTGPT_INLINE PackedA next() const { return {data + stride, stride}; }
 };
 
-template <class T, int VECTORS, bool ACCUMULATE, class MatrixA>
-FASTGPT_INLINE void microkernel(int64_t K, const MatrixA& A, const T* B, int64_t ldb, T* C, int64_t ldc) {
+FASTGPT_INLINE void multiply_add(vec<float>& c, vec<float> a, vec<float> b) { c += a * b; }
+FASTGPT_INLINE void multiply_add(vec<double>& c, vec<double> a, vec<double> b) { c += a * b; }
+
+template <class T, int VECTORS, bool ACCUMULATE, class MatrixA, class X>
+FASTGPT_INLINE void microkernel(int64_t K, const MatrixA& A, const X* B, int64_t ldb, T* C, int64_t ldc) {
     vec<T> c[MR][VECTORS] = {};
     for (int64_t k = 0; k < K; k++) {
-        vec<T> b[VECTORS];
+        vec<X> b[VECTORS];
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; j++) b[j] = load(B + k * ldb + j * VL<T>);
+        for (int j = 0; j < VECTORS; j++) b[j] = load(B + k * ldb + j * VL<X>);
 #pragma GCC unroll 8
         for (int i = 0; i < MR; i++) {
-            const vec<T> a = broadcast(A.at(i, k));
+            const vec<X> a = broadcast(A.at(i, k));
 #pragma GCC unroll 8
-            for (int j = 0; j < VECTORS; j++) c[i][j] += a * b[j];
+            for (int j = 0; j < VECTORS; j++) multiply_add(c[i][j], a, b[j]);
         }
     }
     // What C held is added last: K products and then one sum round less than one long chain over all calls.
@@ -54,8 +60,8 @@ FASTGPT_INLINE void microkernel(int64_t K, const MatrixA& A, const T* B, int64_t
 }
 
 // The same for M rows (a multiple of MR) and `vectors` <= NV registers.
-template <class T, bool ACCUMULATE, class MatrixA> FASTGPT_NOINLINE void
-panel_product(int M, int vectors, int64_t K, MatrixA A, const T* B, int64_t ldb, T* C, int64_t ldc) {
+template <class T, bool ACCUMULATE, class MatrixA, class X> FASTGPT_NOINLINE void
+panel_product(int M, int vectors, int64_t K, MatrixA A, const X* B, int64_t ldb, T* C, int64_t ldc) {
     static_assert(NV == 2 || NV == 3, "one case for each possible number of registers");
     for (int m = 0; m < M; m += MR) {
         if (vectors == NV) microkernel<T, NV, ACCUMULATE>(K, A, B, ldb, C, ldc);
@@ -82,8 +88,8 @@ struct Panels {
 };
 
 // The same for any number of registers.
-template <class T, bool ACCUMULATE, class MatrixA> FASTGPT_INLINE void
-block_product(int M, int vectors, int64_t K, const MatrixA& A, const T* B, int64_t ldb, T* C, int64_t ldc) {
+template <class T, bool ACCUMULATE, class MatrixA, class X> FASTGPT_INLINE void
+block_product(int M, int vectors, int64_t K, const MatrixA& A, const X* B, int64_t ldb, T* C, int64_t ldc) {
     for (Panels p(vectors); p.next();)
         panel_product<T, ACCUMULATE>(M, p.vectors, K, A, B + p.begin * VL<T>, ldb, C + p.begin * VL<T>, ldc);
 }

@@ -14,6 +14,14 @@ template <> struct simd<float> {
     typedef int32_t mask __attribute__((vector_size(vector_bytes)));
     typedef uint32_t bits __attribute__((vector_size(vector_bytes)));
 };
+template <> struct simd<uint16_t> {
+    typedef uint16_t vec __attribute__((vector_size(vector_bytes)));
+    typedef int16_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <> struct simd<uint32_t> {
+    typedef uint32_t vec __attribute__((vector_size(vector_bytes)));
+    typedef int32_t mask __attribute__((vector_size(vector_bytes)));
+};
 template <> struct simd<double> {
     typedef double vec __attribute__((vector_size(vector_bytes)));
     typedef int64_t mask __attribute__((vector_size(vector_bytes)));
@@ -24,6 +32,9 @@ template <class T> using mask = typename simd<T>::mask;
 template <class T> constexpr int VL = vector_bytes / sizeof(T);
 
 template <class T> constexpr T max_finite = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+// How many values along a product's depth k one X holds, and how many X hold K of them: bfloat16.h has two in one.
+template <class X> constexpr int per = 1;
+
 constexpr double log2e = 1.4426950408889634;
 
 // Of numbers, or lane by lane. A NaN in b stays: every comparison with it is false.
@@ -32,6 +43,7 @@ template <class V> FASTGPT_INLINE constexpr V max(V a, V b) { return a > b ? a :
 
 FASTGPT_INLINE constexpr int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 FASTGPT_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+template <class X> FASTGPT_INLINE constexpr int64_t depth(int64_t K) { return ceil_div(K, per<X>); }
 
 template <class T> FASTGPT_INLINE vec<T> load(const T* p) { // unaligned
     vec<T> v;

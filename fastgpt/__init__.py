@@ -4,8 +4,8 @@
     model = gpt.GPT(gpt.GPTConfig(), ops=fastgpt)
 
 layer_norm, gelu, linear, attention and lm_loss have the signatures of gpt.py's functions and the same values and
-gradients; linear_gelu is gelu(linear(...)) in one pass. The environment variable FASTGPT_ISA forces an instruction set
-(see `fastgpt info`).
+gradients; linear_gelu is gelu(linear(...)) in one pass. fastgpt.bfloat16 holds the same in bfloat16 products. The
+environment variable FASTGPT_ISA forces an instruction set (see `fastgpt info`).
 
 Decoder(model) generates: all layers of a token in one call, weights in float32, bfloat16, int8 or int4.
 """
@@ -29,9 +29,10 @@ except ImportError as error:
         "`pip install -e .` builds them in place; after a plain `pip install .`, start Python in another folder"
     ) from error
 
+from . import bfloat16
 from .ops import attention, gelu, layer_norm, linear, linear_gelu, lm_loss
 
-__all__ = ["Decoder", "attention", "gelu", "layer_norm", "linear", "linear_gelu", "lm_loss"]
+__all__ = ["Decoder", "attention", "bfloat16", "gelu", "layer_norm", "linear", "linear_gelu", "lm_loss"]
 
 
 def _use_torchs_threads():

@@ -29,6 +29,7 @@ def info():
         print("  than half the time of a float32 multiply-add; FASTGPT_ISA=avx512 does without")
     else:
         print("matrix products: float32 multiply-adds")
+    print(f"bfloat16 products: {check.bfloat16_products()}")
     print(f"threads: {_kernels.num_threads()}, in torch's own pool (torch.set_num_threads sets their number)")
 
 
@@ -115,7 +116,10 @@ COMMANDS = {
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
-    "train": ("train a model on a text; --ops FILE: on functions of your own", lambda argv: train.main(argv)),
+    "train": (
+        "train a model; --dtype bfloat16: faster; --ops FILE: on your own functions",
+        lambda argv: train.main(argv),
+    ),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

@@ -4,6 +4,9 @@ The contestants do the same work in one process: gpt.py's formula, what torch ha
 torch.compile, a fused one where there is one), and the kernel. They take turns (A B C A B C ...), so whatever else the
 machine does hits all alike; what counts is the ratio of the kernel's median to the best of torch's. The limits,
 multiply-adds a second in registers and bytes a second from memory, are measured in the same run.
+
+Where the processor has bfloat16 products, a second table has the kernels in them, beside the float32 kernels and torch
+under bfloat16 autocast, with the limit of bfloat16 products.
 """
 
 import argparse
@@ -30,7 +33,7 @@ import torch.nn.functional as F
 
 import gpt
 
-from . import _kernels, check, ops
+from . import _kernels, bfloat16, check, ops
 
 
 def torch_attention(qkv, n_head):
@@ -67,6 +70,23 @@ def contestants(op, compiled):
     return ways | {"kernel": getattr(ops, op)}
 
 
+def contestants_in_bfloat16(op, compiled):
+    """{name: function} of the float32 kernel, of torch's ways under bfloat16 autocast, and of the bfloat16 kernel."""
+    ways = {"float32": getattr(ops, op), "torch": under_autocast(getattr(TORCH, op))}
+    if compiled:
+        torch.compiler.reset()
+        ways["compile"] = under_autocast(torch.compile(getattr(TORCH, op)))
+    return ways | {"kernel": getattr(bfloat16, op)}
+
+
+def under_autocast(function):
+    def run(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def interleaved(functions, seconds, least=5):
     """Let the functions take turns for about `seconds`. -> {name: times of single calls in seconds}
 
@@ -92,15 +112,16 @@ def interleaved(functions, seconds, least=5):
 def limits():
     """What this machine does at best on the threads in use: GFLOP/s of multiply-adds, GB/s of reads from memory."""
     data = torch.ones(64 << 20).numpy()  # 256 MiB
-    flops, reads = [], []
+    work = dict(gflops=lambda: _kernels.multiply_add_work(5_000_000, False), gbs=lambda: _kernels.read_work(data))
+    if _kernels.has_bfloat16():
+        work["bfloat16_gflops"] = lambda: _kernels.multiply_add_work(5_000_000, True)
+    best = dict.fromkeys(work, 0.0)
     for _ in range(5):
-        start = time.perf_counter()
-        operations = _kernels.fma_work(5_000_000)
-        middle = time.perf_counter()
-        size = _kernels.read_work(data)
-        flops.append(operations / (middle - start) / 1e9)
-        reads.append(size / (time.perf_counter() - middle) / 1e9)
-    return dict(gflops=max(flops), gbs=max(reads))
+        for name, run in work.items():
+            start = time.perf_counter()
+            done = run()
+            best[name] = max(best[name], done / (time.perf_counter() - start) / 1e9)
+    return best
 
 
 def op_cases(quick):
@@ -135,40 +156,45 @@ def op_cases(quick):
     return cases
 
 
-def bench_ops(quick, seconds, limit, compiled):
+def bench_ops(quick, seconds, limit, compiled, in_bfloat16=False):
     rows = []
     for op, title, inputs, options, work, unit in op_cases(quick):
+        if in_bfloat16 and op not in check.IN_BFLOAT16:
+            continue
         args = {name: x.requires_grad_() for name, x in inputs.items()}
-        ways = contestants(op, compiled)
+        ways = (contestants_in_bfloat16 if in_bfloat16 else contestants)(op, compiled)
         grad = torch.randn_like(ways["torch"](**args, **options).detach())
+        grads = {dtype: grad.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
         def forward(function, args=args, options=options):
             with torch.no_grad():
                 function(**args, **options)
 
-        def both(function, args=args, options=options, grad=grad):
-            torch.autograd.grad(function(**args, **options), list(args.values()), grad)
+        def both(function, args=args, options=options, grads=grads):
+            out = function(**args, **options)
+            torch.autograd.grad(out, list(args.values()), grads[out.dtype])
 
         for part, run, amount in (("forward", forward, work[0]), ("forward+backward", both, work[1])):
             progress(f"{op} {title} {part} ...")
             functions = {name: partial(run, way) for name, way in ways.items()}
-            rows.append(row(op, title, part, interleaved(functions, seconds), amount / 1e9, unit, limit))
+            times = interleaved(functions, seconds)
+            rows.append(row(op, title, part, times, amount / 1e9, unit, limit, in_bfloat16))
             show(rows[-1])
     return rows
 
 
-def row(op, title, part, times, amount, unit, limit):
+def row(op, title, part, times, amount, unit, limit, in_bfloat16=False):
     """One line of the report: medians in ms with their spread (half the distance of the quartiles), ratio, rate."""
-    result = dict(op=op, case=title, part=part, unit=unit)
+    result = dict(op=op, case=title, part=part, unit=unit, beside="float32" if in_bfloat16 else "formula")
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
         result[name] = dict(ms=middle * 1e3, spread=(high - low) / 2 / middle)
-    rivals = [name for name in times if name not in ("formula", "kernel")]
+    rivals = [name for name in times if name not in ("formula", "float32", "kernel")]
     result["best"] = min(rivals, key=lambda name: result[name]["ms"])
     kernel = result["kernel"]["ms"]
     result["ratio"] = result[result["best"]]["ms"] / kernel
     result["rate"] = amount / kernel * 1e3
-    bound = {"GFLOP/s": limit["gflops"], "GB/s": limit["gbs"]}.get(unit)
+    bound = {"GFLOP/s": limit["bfloat16_gflops" if in_bfloat16 else "gflops"], "GB/s": limit["gbs"]}.get(unit)
     result["share"] = result["rate"] / bound if bound else None
     return result
 
@@ -184,6 +210,9 @@ COLUMNS = {  # title: width, negative where the text begins at the left; 100 in 
     "rate": 13,
     "limit": 6,
 }
+
+
+IN_BFLOAT16_TITLES = tuple("float32" if title == "formula" else title for title in COLUMNS)
 
 
 def cells(r):
@@ -203,7 +232,7 @@ def cells(r):
         r["op"],
         r["case"],
         part,
-        digits(r["formula"]["ms"]),
+        digits(r[r["beside"]]["ms"]),
         best,
         time("kernel"),
         f"{r['ratio']:.2f}x",
@@ -212,9 +241,9 @@ def cells(r):
     ]
 
 
-def show(r=None):
+def show(r=None, titles=tuple(COLUMNS)):
     """Print a row, or the titles."""
-    show_texts(COLUMNS, cells(r) if r else list(COLUMNS))
+    show_texts(COLUMNS, cells(r) if r else titles)
 
 
 def show_texts(columns, texts):
@@ -245,20 +274,23 @@ def notes(rows, isa):
     return lines
 
 
-def bench_models(quick, seconds, limit, compiled):
+def bench_models(quick, seconds, limit, compiled, in_bfloat16=False):
     """A whole training step (loss, gradients, AdamW) and generation, with each set of formulas."""
     rows = []
+    beside, kernels = ("float32", bfloat16) if in_bfloat16 else ("formula", ops)
+    autocast = under_autocast if in_bfloat16 else lambda function: function
     small = gpt.GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=257)
     cases = [("small", small, 12)]
     if not quick:
         cases.append(("124M", gpt.GPTConfig(block_size=256), 1))
     for title, config, B in cases:
-        models = {"formula": gpt.GPT(config), "torch": gpt.GPT(config, TORCH), "kernel": gpt.GPT(config, ops)}
-        losses = {name: model.loss for name, model in models.items()}
+        models = {beside: gpt.GPT(config, ops if in_bfloat16 else None), "torch": gpt.GPT(config, TORCH)}
+        models["kernel"] = gpt.GPT(config, kernels)
+        losses = {name: autocast(model.loss) if name == "torch" else model.loss for name, model in models.items()}
         if compiled:
             torch.compiler.reset()
             models["compile"] = gpt.GPT(config, TORCH)
-            losses["compile"] = torch.compile(models["compile"].loss)
+            losses["compile"] = autocast(torch.compile(models["compile"].loss))
         optimizers = {name: gpt.make_optimizer(model, 1e-4, 0.99, 0.1) for name, model in models.items()}
         tokens = torch.randint(config.vocab_size, (B, config.block_size + 1))
 
@@ -272,8 +304,10 @@ def bench_models(quick, seconds, limit, compiled):
         case = f"B{B} T{config.block_size}, {n / 1e6:.1f}M"
         progress(f"train step {title} ...")
         times = interleaved({name: partial(step, name) for name in models}, 2 * seconds)
-        rows.append(row("train step", case, title, times, done, "GFLOP/s", limit))
+        rows.append(row("train step", case, title, times, done, "GFLOP/s", limit, in_bfloat16))
         show(rows[-1])
+        if in_bfloat16:  # generation has no products to speak of
+            continue
         models.pop("compile", None)  # each token makes the cache longer: a new compilation for each
 
         def generate(model, prompt=tokens[:1, :8]):
@@ -413,17 +447,17 @@ contestants take turns in one process: gpt.py's formula, torch's own ways to com
 
 def section(results, argv):
     """One machine's report in Markdown: (its heading, all of it)."""
-    rows, limit = results["rows"], results["limits"]
-    facts = (
-        f"Limits measured in this run: {limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of "
-        "reads from memory."
-    )
+    rows, rounded = results["rows"], results.get("in_bfloat16")
+    facts = f"Limits measured in this run: {spell(results['limits'])}."
     below = (*notes(rows, results["about"]["isa"]), *extras(results))
-    return markdown(results["about"], argv, "", facts, COLUMNS, [cells(r) for r in rows], below)
+    words = "In bfloat16 products, beside the float32 kernels; torch under bfloat16 autocast:"
+    columns = dict(zip(IN_BFLOAT16_TITLES, COLUMNS.values(), strict=True))
+    second = [words, "", *table(columns, map(cells, rounded))] if rounded else []
+    return markdown(results["about"], argv, "", facts, COLUMNS, map(cells, rows), below, second)
 
 
-def markdown(about, argv, subject, facts, columns, rows, below):
-    """-> (heading, section): the machine and the command, facts, a table of texts, lines below it"""
+def markdown(about, argv, subject, facts, columns, rows, below, second=()):
+    """-> (heading, section): the machine and the command, facts, a table of texts, a second one, lines below it"""
     held = [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]
     heading = f"## {subject}{about['cpu']}, {about['isa']}, {about['threads']} threads"
     if rivals := [setting for setting in held if not setting.startswith(("FASTGPT", "OMP"))]:
@@ -436,13 +470,25 @@ def markdown(about, argv, subject, facts, columns, rows, below):
         "",
         f"fastgpt {about['fastgpt']}, torch {about['torch']}, Python {about['python']}, {about['system']}. {facts}",
         "",
+        *table(columns, rows),
+        *second,
+        *(f"{line}  " for line in below),
+    ]
+    return heading, "\n".join(lines).rstrip() + "\n"
+
+
+def table(columns, rows):
+    return [
         "| " + " | ".join(columns) + " |",
         "|" + "|".join("---" if width < 0 else "--:" for width in columns.values()) + "|",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        *(f"{line}  " for line in below),
     ]
-    return heading, "\n".join(lines).rstrip() + "\n"
+
+
+def spell(limit):
+    text = f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory"
+    return text + (f", {limit['bfloat16_gflops']:.0f} GFLOP/s in bfloat16" if "bfloat16_gflops" in limit else "")
 
 
 def write_markdown(path, results, argv, section=section):
@@ -479,10 +525,16 @@ def run(quick=False, seconds=2.0, compiled=False):
     limit = limits()
     results = dict(about=about(), limits=limit)
     print("torch {torch}, {isa}, {threads} threads; limits measured now:".format_map(results["about"]))
-    print(f"{limit['gflops']:.0f} GFLOP/s of multiply-adds, {limit['gbs']:.1f} GB/s of reads from memory")
+    print(spell(limit))
     show()
     rows = bench_ops(quick, seconds, limit, compiled) + bench_models(quick, seconds, limit, compiled)
     results["rows"] = rows
+    if _kernels.has_bfloat16():
+        print("\nin bfloat16 products, beside the float32 kernels; torch under bfloat16 autocast:")
+        show(titles=IN_BFLOAT16_TITLES)
+        again = (bench_ops, bench_models)
+        results["in_bfloat16"] = [r for part in again for r in part(quick, seconds, limit, compiled, True)]
+        print()
     if not quick:
         results |= dict(balance=balance(2 * seconds), memory=memory())
     print("\n".join(notes(rows, results["about"]["isa"]) + extras(results)))
@@ -543,10 +595,15 @@ def main(argv=None):
         from . import bench_generate
 
         return bench_generate.main(argv)
+    if "--step" in argv:
+        from . import bench_step
+
+        return bench_step.main(argv)
     parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--generate", action="store_true", help="generation beside other programs, with options of its own"
     )
+    parser.add_argument("--step", action="store_true", help="whole training steps, with options of its own")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     add_report_options(parser, 2.0)
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ import torch
 
 import gpt
 
-from . import _kernels, ops
+from . import _kernels, bfloat16, ops
 from .rounding import FoldedProducts, Rounding
 
 FORMULAS = SimpleNamespace(**{name: getattr(gpt, name) for name in (*gpt.FORMULAS, "linear_gelu")})
@@ -141,8 +141,8 @@ class Truth:
     runs: int
 
 
-def find_truth(formula, inputs, options, dtype=torch.float32, wanted=None, seed=1):
-    """A formula's results and what rounding to `dtype` may do to them."""
+def find_truth(formula, inputs, options, dtype=torch.float32, wanted=None, seed=1, in_bfloat16=False):
+    """A formula's results and what rounding to `dtype` may do to them; of products' operands, to bfloat16."""
     count = Rounding(unit=0.0)
     exact = evaluate(formula, inputs, options, torch.float64, wanted, seed, 1, count)
     exact = {name: x[0] for name, x in exact.items()}
@@ -151,7 +151,8 @@ def find_truth(formula, inputs, options, dtype=torch.float32, wanted=None, seed=
     errors = {name: [] for name in exact}
     for first in range(0, runs, at_once):
         n = min(at_once, runs - first)
-        sample = evaluate(formula, inputs, options, torch.float64, wanted, seed, n, Rounding(n, first))
+        rounding = Rounding(n, first, bfloat16=in_bfloat16)
+        sample = evaluate(formula, inputs, options, torch.float64, wanted, seed, n, rounding)
         for name, x in sample.items():
             errors[name].append(x - exact[name])
     return truth_from_errors(exact, {name: torch.cat(parts) for name, parts in errors.items()}, dtype)
@@ -222,23 +223,33 @@ def _describe(wrong, got, expected):
 
 
 @lru_cache(maxsize=64)
-def _known_truth(op, shape, seed, wanted, dtype):
+def _known_truth(op, shape, seed, wanted, dtype, in_bfloat16):
     inputs, options = make_inputs(op, shape, seed)
-    return find_truth(getattr(FORMULAS, op), inputs, options, dtype, wanted)
+    return find_truth(getattr(FORMULAS, op), inputs, options, dtype, wanted, in_bfloat16=in_bfloat16)
 
 
 def compare(
-    op, shape=None, seed=0, kernel=None, inputs=None, options=None, wanted=None, formula=None, dtype=torch.float32
+    op,
+    shape=None,
+    seed=0,
+    kernel=None,
+    inputs=None,
+    options=None,
+    wanted=None,
+    formula=None,
+    dtype=torch.float32,
+    in_bfloat16=False,
 ):
     """Hold a kernel against the formula that it replaces: outputs and gradients. -> a Row for each tensor
 
-    op        name of one of gpt.py's formulas; or any name, with formula=, kernel= and inputs=
-    shape     of the random inputs that are made (see CASES), if none are given
-    kernel    function to check instead of fastgpt's of that name
-    inputs    {argument: tensor}, differentiated; options: {argument: anything else}
-    wanted    names of the inputs whose gradients are compared; all, if None
-    formula   function that says what is right, in operations of torch; gpt.py's of that name, if None
-    dtype     torch.float32 or torch.float64
+    op           name of one of gpt.py's formulas; or any name, with formula=, kernel= and inputs=
+    shape        of the random inputs that are made (see CASES), if none are given
+    kernel       function to check instead of fastgpt's, or fastgpt.bfloat16's, of that name
+    inputs       {argument: tensor}, differentiated; options: {argument: anything else}
+    wanted       names of the inputs whose gradients are compared; all, if None
+    formula      function that says what is right, in operations of torch; gpt.py's of that name, if None
+    dtype        torch.float32 or torch.float64
+    in_bfloat16  may operands of matrix products be rounded to bfloat16, and all else to float32?
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"check: dtype is {dtype}, expected torch.float32 or torch.float64")
@@ -246,16 +257,17 @@ def compare(
         if given is None and not hasattr(FORMULAS, op):
             raise ValueError(f"check: op is {op!r} without {what}=, expected one of {', '.join(CASES)}, or {what}=")
     wanted = None if wanted is None else tuple(wanted)
-    kernel = kernel or getattr(ops, op)
+    kernel = kernel or getattr(bfloat16 if in_bfloat16 else ops, op)
     random_inputs = inputs is None
     if random_inputs:
         if shape is None:
             raise ValueError(f"check: neither shape= nor inputs= is given for {op}, expected one of them")
         inputs, options = make_inputs(op, tuple(shape), seed)
     if random_inputs and formula is None:
-        truth = _known_truth(op, tuple(shape), seed, wanted, dtype)
+        truth = _known_truth(op, tuple(shape), seed, wanted, dtype, in_bfloat16)
     else:
-        truth = find_truth(formula or getattr(FORMULAS, op), inputs, options or {}, dtype, wanted)
+        formula = formula or getattr(FORMULAS, op)
+        truth = find_truth(formula, inputs, options or {}, dtype, wanted, in_bfloat16=in_bfloat16)
     options, formula = options or {}, formula or getattr(FORMULAS, op)
     shape = tuple(next(iter(inputs.values())).shape) if shape is None else shape
     results = evaluate(kernel, inputs, options, dtype, wanted)
@@ -273,9 +285,10 @@ class _Loss(torch.nn.Module):
         return self.model.loss(idx, targets)
 
 
-def compare_models(config, seed=0, kernels=ops):
+def compare_models(config, seed=0, kernels=None, in_bfloat16=False):
     """The same comparison for a whole model: logits, loss and every parameter's gradient."""
     torch.manual_seed(seed)
+    kernels = kernels or (bfloat16 if in_bfloat16 else ops)
     params = {name: p.detach() for name, p in gpt.GPT(config).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (2, config.block_size + 1), generator=generator)
@@ -296,7 +309,8 @@ def compare_models(config, seed=0, kernels=ops):
     rows = []
     for function, wanted in ((logits, ()), (loss, tuple(params))):
         shape = (config.n_layer, config.n_head, config.n_embd)
-        made = compare("model", shape, 0, function(kernels), params, {}, wanted, function(None))
+        formula = function(None)
+        made = compare("model", shape, 0, function(kernels), params, {}, wanted, formula, in_bfloat16=in_bfloat16)
         made[0].tensor = function.__name__
         rows += made
     for row in rows:
@@ -370,13 +384,16 @@ def run_random(number, seed=0, say=None):
             op, shape, inputs, options, dtype = random_case(seed * 1_000_003 + i)
             formula = getattr(FORMULAS, op)
             truth = find_truth(formula, inputs, options, dtype)
+            rounded = None  # the truth for bfloat16 products
             for isa in isas:
                 _kernels.set_isa(isa)
                 results = evaluate(getattr(ops, op), inputs, options, dtype)
-                rows = compare_results(op, shape, truth, results, dtype)
+                rows = compare_results(f"{op} {isa} {str(dtype)[6:]} #{i}", shape, truth, results, dtype)
+                if op in IN_BFLOAT16 and dtype is torch.float32 and _kernels.has_bfloat16():
+                    rounded = rounded or find_truth(formula, inputs, options, in_bfloat16=True)
+                    results = evaluate(getattr(bfloat16, op), inputs, options, dtype)
+                    rows += compare_results(f"{op} {isa} bfloat16 #{i}", shape, rounded, results)
                 tensors += len(rows)
-                for row in rows:
-                    row.op = f"{op} {isa} {str(dtype)[6:]} #{i}"
                 failed += [row for row in rows if not row.ok]
             if say:
                 say(i + 1, len(failed))
@@ -385,16 +402,34 @@ def run_random(number, seed=0, say=None):
     return failed, tensors
 
 
+IN_BFLOAT16 = ("linear", "linear_gelu", "attention", "lm_loss")  # the ops that are matrix products, or made of them
+
+
+def bfloat16_products():
+    """Whether the instruction set in use has them, in words."""
+    here = f"on {_kernels.isa()}"
+    return here if _kernels.has_bfloat16() else f"none {here}; they need AVX-512 BF16, AMX or ARM's BF16"
+
+
 def run(quick=False):
     """The report, of fewer shapes with `quick`. -> how many tensors failed"""
+    failed = report(_rows(CASES, quick))
+    print(f"\nbfloat16 products: {bfloat16_products()}")
+    if not _kernels.has_bfloat16():
+        return failed
+    print("the bound is that of the formula whose matrix products round their operands to bfloat16:")
+    return failed + report(_rows(IN_BFLOAT16, quick, in_bfloat16=True))
+
+
+def _rows(names, quick, in_bfloat16=False):
     rows = []
-    for op, shapes in CASES.items():
-        for shape in shapes[:3] if quick else shapes:
-            rows += compare(op, shape)
-    rows += compare("attention", (1, 97, 2, 64, 0.1))
-    model = compare_models(gpt.GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=48, vocab_size=257))
-    rows += sorted(model, key=lambda r: -r.rms / r.rms_bound)[:4] if quick else model
-    return report(rows)
+    for op in names:
+        for shape in CASES[op][:3] if quick else CASES[op]:
+            rows += compare(op, shape, in_bfloat16=in_bfloat16)
+    rows += compare("attention", (1, 97, 2, 64, 0.1), in_bfloat16=in_bfloat16)
+    config = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=48, vocab_size=257)
+    model = compare_models(config, in_bfloat16=in_bfloat16)
+    return rows + (sorted(model, key=lambda r: -r.rms / r.rms_bound)[:4] if quick else model)
 
 
 def _at_least(least):

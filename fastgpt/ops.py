@@ -6,7 +6,9 @@ strides are free, and nothing is converted or copied. Errors name the argument, 
 TypeError for what is no tensor or has another dtype, ValueError for the rest.
 
 Gradients are first derivatives; a second differentiation raises NotImplementedError, and so do torch.func's transforms.
-torch.autocast changes nothing here: float32 stays float32.
+torch.autocast changes nothing here: float32 stays float32. With bfloat16=True, float32 operands of matrix products
+are rounded to bfloat16 on their way into the kernel, where the processor has an instruction for that; fastgpt.bfloat16
+holds these functions under their own names.
 """
 
 from numbers import Integral, Real
@@ -30,7 +32,8 @@ class _Op:
                a tenth of the time that layer_norm of 1024 x 768 takes
 
     schema     name, arguments and results in torch's words. The function in C++, <name> or <name>_forward, takes the
-               same arguments, but for those that are bools, and then an array to write into for each result
+               same arguments, but for those that say which results are wanted (for_...), and then an array to write
+               into for each result
     outputs    (arguments) -> a tensor for each result, empty if it isn't wanted: the allocation, and the fake
     saved      names of the arguments and results that the backward needs, tensors first
     gradients  the backward's op, (dout, *saved) -> gradients of the first arguments; or a function of (needed, dout,
@@ -45,7 +48,7 @@ class _Op:
         self.op = getattr(torch.ops.fastgpt, self.name).default
         self.arguments, self.results = self.op._schema.arguments, self.op._schema.returns
         self.tensors = [i for i, a in enumerate(self.arguments) if "Tensor" in str(a.type)]
-        self.n_passed = sum(str(a.type) != "bool" for a in self.arguments)
+        self.n_passed = sum(not a.name.startswith("for_") for a in self.arguments)
         places = [[x.name for x in (*self.arguments, *self.results)].index(name) for name in saved]
         self.saved_tensors = [i for i in places if i in self.tensors or i >= len(self.arguments)]
         self.saved_numbers = [i for i in places if i not in self.saved_tensors]
@@ -183,7 +186,7 @@ _gelu_backward = _Op("gelu_backward(Tensor dout, Tensor x) -> Tensor", lambda do
 _gelu = _Op("gelu(Tensor x) -> Tensor", _like, saved=("x",), gradients=_gelu_backward)
 
 
-def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> Tensor:
+def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0, *, bfloat16: bool = False) -> Tensor:
     """Causal softmax(Q K^T / sqrt(D)) V in each head, in tiles: no T x T tensor (Dao 2023, "FlashAttention-2").
 
     (B, T, 3C) -> (B, T, C), float32 or float64; qkv holds queries, keys and values side by side, as one projection
@@ -192,7 +195,7 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0) -> 
     Saves `out` and two numbers a query and head: its largest score, in base 2, and 1 / the sum of its exponentials.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or if 3 * n_head doesn't divide 3C.
     """
-    return _attention(qkv, n_head, dropout, seed)[0]
+    return _attention(qkv, n_head, dropout, seed, bfloat16)[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -206,22 +209,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 attention.attend = attend  # type: ignore[attr-defined]  # a cache of keys and values asks for it
 
 _attention_backward = _Op(
-    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor stats, int n_head, float dropout, int seed)"
-    " -> Tensor",
+    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor stats, int n_head, float dropout, int seed,"
+    " bool bfloat16) -> Tensor",
     outputs=lambda dout, qkv, *_: _like(qkv),
 )
 _attention = _Op(
-    "attention(Tensor qkv, int n_head, float dropout, int seed) -> (Tensor out, Tensor stats)",
+    "attention(Tensor qkv, int n_head, float dropout, int seed, bool bfloat16) -> (Tensor out, Tensor stats)",
     outputs=lambda qkv, n_head, *_: (
         qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
         qkv.new_empty(2, qkv.shape[0], n_head, qkv.shape[1]),
     ),
-    saved=("qkv", "out", "stats", "n_head", "dropout", "seed"),
+    saved=("qkv", "out", "stats", "n_head", "dropout", "seed", "bfloat16"),
     gradients=_attention_backward,
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bfloat16: bool = False) -> Tensor:
     """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N).
 
     float32 or float64; of x and weight only the last dimension must be contiguous. Blocks and loops as in BLIS (Van Zee
@@ -229,8 +232,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     once, and copying it into panels, which pays for itself over many rows, would only add to it.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices.
     """
-    out = _few_rows(x, weight, bias)
-    return _linear(x, weight, bias) if out is None else out
+    out = None if bfloat16 else _few_rows(x, weight, bias)
+    return _linear(x, weight, bias, bfloat16) if out is None else out
 
 
 def _few_rows(x, weight, bias):
@@ -249,46 +252,49 @@ def _few_rows(x, weight, bias):
         return None
 
 
-def _linear_gradients(needed, dout, x, weight):
+def _linear_gradients(needed, dout, x, weight, bfloat16):
     for_x, for_weight, for_bias, *_ = needed
     dbias = dout.reshape(-1, dout.shape[-1]).sum(0) if for_bias else None
-    return *_linear_backward(dout, x, weight, for_x, for_weight), dbias
+    return *_linear_backward(dout, x, weight, bfloat16, for_x, for_weight), dbias
 
 
 _linear_backward = _Op(
-    "linear_backward(Tensor dout, Tensor x, Tensor weight, bool for_x, bool for_weight) -> (Tensor, Tensor)",
-    outputs=lambda dout, x, weight, for_x, for_weight: (_like(x, for_x), _like(weight, for_weight)),
+    "linear_backward(Tensor dout, Tensor x, Tensor weight, bool bfloat16, bool for_x, bool for_weight)"
+    " -> (Tensor, Tensor)",
+    outputs=lambda dout, x, weight, bfloat16, for_x, for_weight: (_like(x, for_x), _like(weight, for_weight)),
 )
 _linear = _Op(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    outputs=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    saved=("x", "weight"),
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool bfloat16) -> Tensor",
+    outputs=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    saved=("x", "weight", "bfloat16"),
     gradients=_linear_gradients,
 )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bfloat16: bool = False) -> Tensor:
     """gelu(linear(x, weight, bias)) in one pass: (..., K), (N, K), (N,) -> (..., N).
 
     gelu is applied to each tile of the product while it is in the cache. Saves x, weight and linear's result; without
     gradients, not even that exists. dtypes, strides and errors are linear's.
     """
-    out = _few_rows(x, weight, bias)
+    out = None if bfloat16 else _few_rows(x, weight, bias)
     if out is not None:
         return gelu(out)
-    return _linear_gelu(x, weight, bias, any(map(_wants_gradient, (x, weight, bias))))[0]
+    return _linear_gelu(x, weight, bias, bfloat16, any(map(_wants_gradient, (x, weight, bias))))[0]
 
 
 linear_gelu.stands_for = (linear, gelu)  # type: ignore[attr-defined]  # who replaces one of them replaces this
 _linear_gelu = _Op(
-    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool keep) -> (Tensor out, Tensor inner)",
-    outputs=lambda x, weight, bias, keep: (out := _linear.outputs(x, weight, bias), _like(out, keep)),
-    saved=("x", "weight", "inner"),
-    gradients=lambda needed, dout, x, weight, inner: _linear_gradients(needed, _gelu_backward(dout, inner), x, weight),
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool bfloat16, bool for_inner) -> (Tensor out, Tensor inner)",
+    outputs=lambda x, weight, bias, bfloat16, for_inner: (out := _linear.outputs(x, weight), _like(out, for_inner)),
+    saved=("x", "weight", "inner", "bfloat16"),
+    gradients=lambda needed, dout, x, weight, inner, bfloat16: _linear_gradients(
+        needed, _gelu_backward(dout, inner), x, weight, bfloat16
+    ),
 )
 
 
-def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, bfloat16: bool = False) -> Tensor:
     """Mean cross-entropy in nats of softmax(hidden @ weight.T) over the targets that aren't -1.
 
     (B, T, C), (V, C), int64 (B, T) -> (), float32 or float64; of hidden and weight only the last dimension must be
@@ -298,7 +304,7 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or a target that is no token.
     """
     targets = targets.contiguous() if isinstance(targets, Tensor) else targets
-    return _lm_loss(hidden, weight, targets, _wants_gradient(hidden), _wants_gradient(weight))[0]
+    return _lm_loss(hidden, weight, targets, bfloat16, _wants_gradient(hidden), _wants_gradient(weight))[0]
 
 
 def _lm_loss_gradients(needed, dloss, *grads):
@@ -312,9 +318,13 @@ _lm_loss_backward = _Op(
     run=lambda dloss, *grads: tuple(grad * dloss for grad in grads),
 )
 _lm_loss = _Op(
-    "lm_loss(Tensor hidden, Tensor weight, Tensor targets, bool for_hidden, bool for_weight)"
+    "lm_loss(Tensor hidden, Tensor weight, Tensor targets, bool bfloat16, bool for_hidden, bool for_weight)"
     " -> (Tensor loss, Tensor dhidden, Tensor dweight)",
-    outputs=lambda x, weight, targets, for_x, for_weight: (x.new_empty(()), _like(x, for_x), _like(weight, for_weight)),
+    outputs=lambda x, weight, targets, bfloat16, for_x, for_weight: (
+        x.new_empty(()),
+        _like(x, for_x),
+        _like(weight, for_weight),
+    ),
     saved=("dhidden", "dweight"),
     gradients=_lm_loss_gradients,
 )

@@ -7,6 +7,8 @@ backward a random number is added, spread evenly, with the standard deviation of
     a sum of n values                u sqrt(s_2^2 + ... + s_n^2), s_k the sum of the first k, for values in any order
     a sum of n products a b          as a sum, and u |a b| for each product
 
+For bfloat16 products each operand of a product errs first, by what rounding it to bfloat16 may do: 2^-8 / sqrt(3).
+
 Rounding to float32 changes a value of 1 by at most 2^-24; u = 2^-24 / sqrt(3) is the standard deviation of an error
 spread evenly over that range. Equal values get equal errors, as from true rounding, so the random number is a hash of
 the value, the operation and the run. Some tens of runs, side by side, show how far results in float32 can lie from the
@@ -22,7 +24,7 @@ from torch._decomp import decomposition_table
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-UNIT, TINY = 2.0**-24 / math.sqrt(3.0), 2.0**-126
+UNIT, BFLOAT16_UNIT, TINY = 2.0**-24 / math.sqrt(3.0), 2.0**-8 / math.sqrt(3.0), 2.0**-126
 
 aten = torch.ops.aten
 
@@ -75,23 +77,36 @@ def _one(x):
 
 
 class Rounding(TorchDispatchMode):
-    """Inside it, operations on float64 tensors err at random as those of float32 may. unit=0 only counts values."""
+    """Inside it, operations on float64 tensors err at random as those of float32 may. unit=0 only counts values.
 
-    def __init__(self, runs=1, first=0, unit=UNIT):
+    bfloat16: operands of matrix products err as if rounded to bfloat16.
+    """
+
+    def __init__(self, runs=1, first=0, unit=UNIT, bfloat16=False):
         super().__init__()
         self.runs, self.first, self.unit, self.values, self.operations = runs, first, unit, 0, 0
+        self.bfloat16 = bfloat16
 
     def noise(self, x):
         """u sqrt(3) times numbers in [-1, 1), a hash of each value of x, of the operation and of the run."""
         self.operations += 1
+        return self._hash(x, self.operations).mul_(self.unit)
+
+    def operand(self, x):
+        """x as a product in bfloat16 sees it: the same in each product, so the operation does not count."""
+        error = x + x.sign().mul_(TINY / BFLOAT16_UNIT)
+        return self._hash(x, 0).mul_(BFLOAT16_UNIT).mul_(error).nan_to_num_(0.0, 0.0, 0.0).add_(x)
+
+    def _hash(self, x, operation):
+        """sqrt(3) times numbers in [-1, 1)."""
         h = x.float().view(torch.int32) if x.dim() else x.float().reshape(1).view(torch.int32).reshape(())
         if x.dim() and x.shape[0] % self.runs == 0:  # vmap keeps the runs slowest
             run = torch.arange(x.shape[0]) // max(x.shape[0] // self.runs, 1) + self.first
             h = h ^ (run * 0x5BD1E995).to(torch.int32).view(-1, *(1,) * (x.dim() - 1))
-        h = h ^ (self.operations * 0x27D4EB2F & 0x7FFFFFFF)
+        h = h ^ (operation * 0x27D4EB2F & 0x7FFFFFFF)
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):  # a mixing function (Wellons, "lowbias32")
             h = (h ^ (h >> shift & (1 << 32 - shift) - 1)).mul_(factor)
-        return h.to(x.dtype).mul_(self.unit * math.sqrt(3.0) * 2.0**-31)
+        return h.to(x.dtype).mul_(math.sqrt(3.0) * 2.0**-31)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op, kwargs = func.overloadpacket, kwargs or {}
@@ -100,6 +115,8 @@ class Rounding(TorchDispatchMode):
         if op not in known and not func.is_view and not in_place and func in decomposition_table:
             with self:  # softmax, layer_norm and their like: operation by operation
                 return decomposition_table[func](*args, **kwargs)
+        if op in PRODUCTS and self.bfloat16 and self.unit:
+            args = (*map(self.operand, args[:2]), *args[2:])
         out = func(*args, **kwargs)
         outs = out if isinstance(out, (tuple, list)) else (out,)
         if op in EXACT or func.is_view or not any(torch.is_tensor(x) and x.is_floating_point() for x in outs):

@@ -20,7 +20,7 @@ import safetensors
 
 import gpt
 
-from . import data, ops
+from . import _kernels, bfloat16, data, ops
 from .learn import exercise
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
@@ -165,11 +165,19 @@ def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(prog="fastgpt train", description="Train a model on a text.")
     gpt.add_options(parser, gpt.TrainConfig)
-    parser.add_argument("--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names")
+    functions = parser.add_mutually_exclusive_group()
+    functions.add_argument(
+        "--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names"
+    )
+    what = "of the operands of matrix products; all else is float32 (default: float32)"
+    functions.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
     try:
+        if typed.pop("dtype", None) == "bfloat16":
+            _kernels.expect_bfloat16("--dtype bfloat16")
+            ops = bfloat16
         if "ops" in typed:
             ops = exercise.load_ops(typed.pop("ops"))
         with warnings.catch_warnings():

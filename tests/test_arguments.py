@@ -102,13 +102,15 @@ ARRAYS = {
     "layer_norm_backward": lambda a: (a(4, 8), a(4, 8), a(8), a(2, 4), a(4, 8), a(8), a(8)),
     "gelu_forward": lambda a: (a(4, 8), a(4, 8)),
     "gelu_backward": lambda a: (a(4, 8), a(4, 8), a(4, 8)),
-    "linear_forward": lambda a: (a(4, 8), a(3, 8), a(3), a(4, 3)),
-    "linear_gelu_forward": lambda a: (a(4, 8), a(3, 8), a(3), a(4, 3), a(4, 3)),
-    "linear_backward": lambda a: (a(4, 3), a(4, 8), a(3, 8), a(4, 8), a(3, 8)),
-    "lm_loss_forward": lambda a: (a(2, 4, 8), a(5, 8), np.ones((2, 4), np.int64), a(), a(2, 4, 8), a(5, 8)),
-    "attention_forward": lambda a: (a(2, 5, 24), 2, 0.0, 0, a(2, 5, 8), a(2, 2, 2, 5)),
+    "linear_forward": lambda a: (a(4, 8), a(3, 8), a(3), False, a(4, 3)),
+    "linear_gelu_forward": lambda a: (a(4, 8), a(3, 8), a(3), False, a(4, 3), a(4, 3)),
+    "linear_backward": lambda a: (a(4, 3), a(4, 8), a(3, 8), False, a(4, 8), a(3, 8)),
+    "lm_loss_forward": lambda a: (
+        a(2, 4, 8), a(5, 8), np.ones((2, 4), np.int64), False, a(), a(2, 4, 8), a(5, 8)
+    ),
+    "attention_forward": lambda a: (a(2, 5, 24), 2, 0.0, 0, False, a(2, 5, 8), a(2, 2, 2, 5)),
     "attention_backward": lambda a: (
-        a(2, 5, 8), a(2, 5, 24), a(2, 5, 8), a(2, 2, 2, 5), 2, 0.0, 0, a(2, 5, 24)
+        a(2, 5, 8), a(2, 5, 24), a(2, 5, 8), a(2, 2, 2, 5), 2, 0.0, 0, False, a(2, 5, 24)
     ),
 }  # fmt: skip
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import fastgpt
+import gpt
 from fastgpt import __main__ as front
-from fastgpt import bench, check
+from fastgpt import bench, bench_step, check
 
 COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "quantize", "dequantize", "eval")
 VERSION = f"fastgpt {importlib.metadata.version('fastgpt')}"
@@ -92,13 +93,29 @@ def test_bench_writes_its_figures(tmp_path, capsys):
     assert max(map(len, printed.out.splitlines())) <= 100
     section = report.read_text()
     assert f"## {bench.processor()}, {fastgpt._kernels.isa()}" in section and "fastgpt bench --quick" in section
-    assert section.count("\n| ") == 1 + len(figures["rows"])
+    tables = [figures[name] for name in ("rows", "in_bfloat16") if name in figures]
+    assert len(tables) == 1 + fastgpt._kernels.has_bfloat16()
+    assert section.count("\n| ") == sum(1 + len(rows) for rows in tables)
+
+
+def test_bench_of_a_step(monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "CASES", {"tiny": (gpt.GPTConfig(1, 1, 8, 8, 11), 2)})
+    monkeypatch.setattr(bench, "limits", lambda: dict(gflops=1.0, gbs=1.0, bfloat16_gflops=1.0))
+    bench.main(["--step", "--case", "tiny", "--no-compile", "--seconds", "0.001"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [line[24:42].strip() for line in lines if line.startswith("tiny") and "tokens/s" in line]
+    dtypes = ("float32", "bfloat16") if fastgpt._kernels.has_bfloat16() else ("float32",)
+    assert names == [f"{who} {dtype}" for dtype in dtypes for who in ("torch", "fastgpt")]
+    assert all(any(f"fastgpt {dtype} is " in line for line in lines) for dtype in dtypes)
+    assert any(line.startswith("Where a step of fastgpt") for line in lines) and max(map(len, lines)) <= 100
+    model = gpt.GPT(gpt.GPTConfig(1, 1, 8, 8, 11))
+    assert all(a is b for a, b in zip(model.parameters(), bench_step.sharing(model, fastgpt).parameters(), strict=True))
 
 
 def row(**other):
     times = dict(formula=dict(ms=1234.5, spread=0.1), torch=dict(ms=0.1234, spread=0.1))
     times |= dict(compile=dict(ms=12345.6, spread=0.1), kernel=dict(ms=0.1234, spread=0.1))
-    rest = dict(best="compile", ratio=12.3, rate=1234.5, unit="GFLOP/s", share=0.5)
+    rest = dict(best="compile", ratio=12.3, rate=1234.5, unit="GFLOP/s", share=0.5, beside="formula")
     return dict(op="linear_gelu", case="1024x768 -> 3072", part="forward+backward") | times | rest | other
 
 

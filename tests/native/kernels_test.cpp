@@ -196,8 +196,21 @@ template <class T> void gelus(const Kernels& k, const std::string& isa, int64_t 
     });
 }
 
-template <class T> void matmul(const Kernels& k, const std::string& isa, int64_t M, int64_t N, int64_t K,
-                               bool A_transposed, bool B_transposed) {
+static Values<Real> unchanged(Values<Real> x) { return x; }
+static Values<Real> bfloat16(Values<Real> x) { // rounded already: then bfloat16 products are as exact as float32's
+    for (auto& v : x) {
+        float f = float(v);
+        uint32_t bits;
+        memcpy(&bits, &f, 4);
+        bits = (bits + 0x8000) & 0xFFFF0000;
+        memcpy(&f, &bits, 4);
+        v = f;
+    }
+    return x;
+}
+
+template <class T> void matmul(const ProductsFor<T>& products, const std::string& isa, int64_t M, int64_t N, int64_t K,
+                               bool A_transposed, bool B_transposed, Values<Real> as_operand(Values<Real>)) {
     const auto formula = [=](const auto& in) {
         using V = std::decay_t<decltype(in[0])>;
         using F = typename V::value_type;
@@ -213,16 +226,29 @@ template <class T> void matmul(const Kernels& k, const std::string& isa, int64_t
             }
         return std::vector<V>{c, y, g, g};
     };
-    check<T>(isa + " matmul", {normal(M * K), normal(K * N, .2), normal(N), normal(M * N)}, formula,
-             [&](const std::vector<Values<T>>& in) {
+    check<T>(isa + " matmul", {as_operand(normal(M * K)), as_operand(normal(K * N, .2)), normal(N), normal(M * N)},
+             formula, [&](const std::vector<Values<T>>& in) {
                  Values<T> c = in[3], y(M * N), g(M * N), alone(M * N);
                  const auto A = rows(in[0], A_transposed ? M : K), B = rows(in[1], B_transposed ? K : N);
-                 of<T>(k).matmul({M, N, K, A, A_transposed, B, B_transposed, c.data(), true});
-                 of<T>(k).matmul({M, N, K, A, A_transposed, B, B_transposed, y.data(), false, in[2].data(), g.data()});
-                 of<T>(k).matmul(
+                 products.matmul({M, N, K, A, A_transposed, B, B_transposed, c.data(), true});
+                 products.matmul({M, N, K, A, A_transposed, B, B_transposed, y.data(), false, in[2].data(), g.data()});
+                 products.matmul(
                      {M, N, K, A, A_transposed, B, B_transposed, alone.data(), false, in[2].data(), alone.data()});
                  return std::vector<Values<T>>{c, y, g, alone};
              });
+}
+
+template <class T> void matmuls(const ProductsFor<T>& products, const std::string& isa,
+                                Values<Real> as_operand(Values<Real>) = unchanged) {
+    for (bool a : {false, true})
+        for (bool b : {false, true}) {
+            matmul<T>(products, isa, 65, 51, 300, a, b, as_operand);
+            matmul<T>(products, isa, 1, 1, 1, a, b, as_operand);
+            matmul<T>(products, isa, 96, 96, 64, a, b, as_operand);
+            matmul<T>(products, isa, 530, 33, 20, a, b, as_operand);
+            matmul<T>(products, isa, 3, 5, 0, a, b, as_operand);
+            matmul<T>(products, isa, 9, 17, 1201, a, b, as_operand);
+        }
 }
 
 template <class T> void lm_loss(const Kernels& k, const std::string& isa, int64_t M, int64_t C, int64_t V_) {
@@ -323,14 +349,7 @@ void attention(const Kernels& k, const std::string& isa, int64_t B, int64_t T_, 
 template <class T> void all(const Kernels& k, const std::string& isa) {
     for (int64_t C : {5, 48, 769}) layer_norm<T>(k, isa, 37, C);
     for (int64_t C : {1, 31, 9000}) gelus<T>(k, isa, 3, C);
-    for (bool a : {false, true})
-        for (bool b : {false, true}) {
-            matmul<T>(k, isa, 65, 51, 300, a, b);
-            matmul<T>(k, isa, 1, 1, 1, a, b);
-            matmul<T>(k, isa, 96, 96, 64, a, b);
-            matmul<T>(k, isa, 530, 33, 20, a, b);
-            matmul<T>(k, isa, 3, 5, 0, a, b);
-        }
+    matmuls<T>(of<T>(k), isa);
     lm_loss<T>(k, isa, 9, 16, 5003);
     lm_loss<T>(k, isa, 70, 33, 65);
     for (int64_t t : {1, 2, 63, 65, 97, 130}) attention<T>(k, isa, t < 97 ? 2 : 1, t, 2, t % 2 ? 16 : 64);
@@ -664,8 +683,9 @@ int main(int count, char** names) {
             continue;
         all<float>(*k, std::string(k->name) + " float");
         all<double>(*k, std::string(k->name) + " double");
+        if (k->has_bfloat16()) matmuls<float>(k->bfloat16, std::string(k->name) + " bfloat16", bfloat16);
         decoders(*k);
-        printf("%s: done\n", k->name);
+        printf("%s: done%s\n", k->name, k->has_bfloat16() ? ", with bfloat16 products" : "");
     }
     printf("%d passed, %d failed\n", compared - failed, failed);
     return failed > 0;
