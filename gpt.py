@@ -474,20 +474,26 @@ def evaluate(model, tokens, batch_size, max_windows=None):
     return total / count
 
 
+def step_batches(tokens, T, step, config):
+    """A step's `accumulate` batches. Its number seeds them and their dropout, so that a resumed run draws the same."""
+    seed = config.seed * 1_000_003 + step
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(config.accumulate):
+        torch.manual_seed(seed + i * 0x9E3779B9)  # dropout's, batch by batch, whoever computes it
+        yield random_batch(tokens, config.batch_size, T, generator)
+
+
 def train_step(model, optimizer, tokens, step, config):
     """One step of the optimizer: loss and gradients of `accumulate` batches, clipped to norm `clip`. -> the loss"""
-    seed = config.seed * 1_000_003 + step  # by step, so that a resumed run draws the same batches and dropout masks
-    generator, total = torch.Generator().manual_seed(seed), 0.0
-    torch.manual_seed(seed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config.steps, config.warmup, config.lr)
     optimizer.zero_grad()
-    for _ in range(config.accumulate):
-        idx, targets = random_batch(tokens, config.batch_size, model.config.block_size, generator)
+    total = 0.0
+    for idx, targets in step_batches(tokens, model.config.block_size, step, config):
         loss = model.loss(idx, targets) / config.accumulate
         loss.backward()
         total += loss.item()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    norm = optimizer.norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()  # kept for who logs it
     finite = math.isfinite(total) and math.isfinite(norm)
     expect(finite, f"step {step + 1}: loss {total}, norm of its gradient {norm}, expected finite; try a lower --lr")
     optimizer.step()
