@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval."""
+"""The command `fastgpt`: info, check, bench, demo, train, plot, generate, quantize, dequantize, eval."""
 
 import argparse
 import hashlib
@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, generate, ops, packed, train
+from . import _kernels, bench, check, generate, ops, packed, plot, train
 from .learn import cost, exercise, look
 
 
@@ -121,6 +121,7 @@ COMMANDS = {
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "train": ("train a model on a text", lambda argv: train.main(argv)),
+    "plot": ("draw the losses of runs together", lambda argv: plot.main(argv)),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

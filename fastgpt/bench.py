@@ -353,11 +353,11 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def import_pyplot():
+def import_pyplot(option="--plot"):
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ValueError(f"{option} needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -497,6 +497,14 @@ def try_file(path):
         os.remove(path)
 
 
+def try_picture(path, option="--plot"):
+    """Find out now that no picture can be drawn into this file."""
+    known = import_pyplot(option).figure().canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:] not in known:
+        raise ValueError(f"{option} is {path!r}, expected a name that ends in one of: .{', .'.join(known)}")
+    try_file(path)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fastgpt bench", description=__doc__.split("\n\n")[0])
@@ -509,13 +517,11 @@ def main(argv=None):
     parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios here")
     args = parser.parse_args(argv)
-    for path in (args.json, args.markdown, args.plot):
+    for path in (args.json, args.markdown):
         if path is not None:
             try_file(path)
     if args.plot:
-        known = import_pyplot().figure().canvas.get_supported_filetypes()
-        if os.path.splitext(args.plot)[1][1:] not in known:
-            raise ValueError(f"--plot is {args.plot!r}, expected a name that ends in one of: .{', .'.join(known)}")
+        try_picture(args.plot)
     results = run(args.quick, args.seconds, not (args.quick or args.no_compile))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
