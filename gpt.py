@@ -654,11 +654,15 @@ def compare_formulas(path, trained, ops):
         warnings.warn(f"{path} was trained with {trained or 'GPT-2'} as ops, not with these", stacklevel=4)
 
 
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save_checkpoint(model, optimizer, step, config, **more):
     """training.safetensors, to go on from: weights, AdamW's moments, options. Beside it, the weights alone, to use."""
-    tensors = dict(model.named_parameters())
+    tensors, parameters = trained(model), trained(model)
     for moment in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in model.named_parameters()}
+        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in parameters.items()}
     for name, x in tensors.items():
         expect(x.isfinite().all(), f"step {step}: {name} is not finite, so nothing is saved; a lower --lr may help")
     about = dict(config=asdict(model.config), options=asdict(config), formulas=own_formulas(model.ops))
@@ -675,7 +679,7 @@ def expect_same(typed, fixed):
         expect(typed.get(name, x) == x, f"--{dashed(name)} is {typed.get(name)!r}, but is {x!r} and cannot change")
 
 
-def load_checkpoint(path, typed, ops):
+def load_checkpoint(path, typed, ops, build=build):
     """-> model, optimizer, options (those of the run, with what is typed on top) and step."""
     tensors, about = load_tensors(path)
     with reported_as(f"{path} is no checkpoint that can go on so"):
@@ -685,9 +689,9 @@ def load_checkpoint(path, typed, ops):
         model = build(GPT, replace(sizes, dropout=config.dropout), tensors, ops)
         optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
         for moment in ("exp_avg", "exp_avg_sq"):
-            state = {name: torch.empty_like(p) for name, p in model.named_parameters()}
+            state = {name: torch.empty_like(p) for name, p in trained(model).items()}
             fill(state.items(), tensors, f"{moment}.")
-            for name, p in model.named_parameters():
+            for name, p in trained(model).items():
                 optimizer.state[p] |= {"step": torch.tensor(float(step)), moment: state[name]}
         expect(step >= 0 and not tensors, f"step is {step}, unknown tensors are {list(tensors)}")
     compare_formulas(path, json.loads(about.get("formulas", "{}")), model.ops)
@@ -697,7 +701,7 @@ def load_checkpoint(path, typed, ops):
 # --------------------------------------------------------------------------------------------- 8  Command line
 
 
-def run_train(typed, ops, train=train, load_tokens=load_tokens):
+def run_train(typed, ops, train=train, load_tokens=load_tokens, load_checkpoint=load_checkpoint):
     resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     config, step = TrainConfig(**typed), 0
     path = os.path.join(config.out, "training.safetensors")
