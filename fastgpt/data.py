@@ -26,7 +26,7 @@ def load_tokens(path, tokenizer, block_size):
         train = encode(file, 0, cut, tokenizer, tokens)
         val = encode(file, cut, size, tokenizer, tokens[len(train) :])
     few = min(len(train), len(val))
-    gpt.expect(few > block_size, f"--data has a part of {few} tokens, expected more than --block-size={block_size}")
+    gpt.expect(few > block_size, f"--data gives a part of {few} tokens, expected more than {block_size} in each")
     return train, val
 
 

@@ -1,4 +1,4 @@
-"""`fastgpt train`: gpt.py's training on the kernels, where nothing is lost and nothing is silently other.
+"""`fastgpt train`: gpt.py's training on the kernels, where no work is lost and every change is reported.
 
 The steps are gpt.train_step's, in the same order, so losses and weights are those of gpt.py's plain loop, bit for bit.
 Around them: Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; a folder belongs to one run at a
@@ -25,6 +25,7 @@ import torch
 import gpt
 
 from . import _kernels, data, metrics, ops, processes
+from .learn import exercise
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 BEST = ("best/model.safetensors", "best/config.json")
@@ -168,11 +169,11 @@ class Run:
 
     def suspects(self):
         """Rate and windows of the step that failed: those whose own loss is not finite, or all."""
-        tokens, T = np.asarray(self.tokens), self.model.config.block_size
-        batches = gpt.step_batches(np.arange(len(tokens)), T, self.step, self.config)
+        T, positions = self.model.config.block_size, np.arange(len(self.tokens))
+        batches = gpt.step_batches(positions, T, self.step, self.config)
         starts = [start for idx, _ in batches for start in idx[:, 0].tolist()]
         self.model.eval()
-        windows = (torch.from_numpy(tokens[None, start : start + T + 1].astype(np.int64)) for start in starts)
+        windows = (torch.from_numpy(self.tokens[start + np.arange(T + 1)].astype(np.int64))[None] for start in starts)
         with torch.no_grad():
             finite = [bool(self.model.loss(x[:, :-1], x[:, 1:]).isfinite()) for x in windows]
         bad = [start for start, good in zip(starts, finite, strict=True) if not good] or starts
@@ -224,9 +225,9 @@ def run(typed, ops, interrupts, team):
 
         def train(model, optimizer, tokens, val, config, step):
             about = dict(data=described(tokens, val), machine=machine(ops))
-            for name, what in (("data", "the text is another than before"), ("machine", "last digits may differ")):
+            for name, what in (("data", "the text has changed"), ("machine", "last digits may differ")):
                 if before.get(name) not in (None, about[name]):
-                    print(f"{what}: {about[name]} instead of {before[name]}")
+                    print(f"{what}: {about[name]}, it was {before[name]}")
             B, A = processes.divided(config.batch_size, config.accumulate, team.n)
             if B != config.batch_size:
                 print(f"{team.n} processes share a step as --batch-size {B} --accumulate {A}")
@@ -313,7 +314,7 @@ def claimed(folder):
     finally:
         os.close(lock)
         with suppress(OSError):
-            os.rmdir(folder)  # if nothing came to be in it
+            os.rmdir(folder)  # if it is empty
 
 
 def remove_leftovers(folder):
@@ -326,10 +327,13 @@ def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(prog="fastgpt train", description="Train a model on a text.")
     gpt.add_options(parser, gpt.TrainConfig)
+    parser.add_argument("--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names")
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
     try:
+        if "ops" in typed:
+            ops = exercise.load_ops(typed.pop("ops"))
         with warnings.catch_warnings(), one_of(processes.team()) as team:
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
             run(typed, ops, interrupts, team)
