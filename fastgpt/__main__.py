@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, plot, merge, generate, quantize, dequantize, eval; and those of learn/."""
+"""The command `fastgpt`: check, bench, demo, train, generate, eval and more; and the commands of learn/."""
 
 import argparse
 import hashlib

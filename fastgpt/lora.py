@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ class Adapted(gpt.Layer):
         self.formula, self.weight, self.bias = layer.formula, layer.weight, layer.bias
         self.linear, self.gelu = ops.linear, ops.gelu if layer.formula is ops.linear_gelu else None
         (N, K), self.scale = self.weight.shape, alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, K).uniform_(-1 / math.sqrt(K), 1 / math.sqrt(K)))  # as PEFT
-        self.lora_B = nn.Parameter(torch.zeros(N, rank))
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, K).uniform_(-1 / math.sqrt(K), 1 / math.sqrt(K)))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(N, rank))
 
     def forward(self, x):  # (..., K) -> (..., N)
         y = self.linear(x, self.weight, self.bias)
@@ -71,9 +72,49 @@ def checksum(model):
     return gpt.checksum({name: p.detach() for name, p in model.named_parameters() if "lora_" not in name}, {})
 
 
+def settled(typed, before, init):
+    """What `fastgpt train` is told, and what the run that it resumes has. -> dict(lora=rank, lora_alpha=...), or {}"""
+    if before:
+        saved = json.loads(before.get("lora", "{}"))
+        gpt.expect_same(typed, dict(lora=saved.get("lora"), lora_alpha=saved.get("lora_alpha")))
+        return saved | dict(init=json.loads(before["options"])["init"]) if saved else {}
+    if "lora" not in typed:
+        gpt.expect(not typed, "--lora-alpha is nothing without --lora")
+        return {}
+    gpt.expect(init, "--lora adapts a model that is there, expected --init with its name or folder")
+    return dict(lora_alpha=float(typed["lora"])) | typed
+
+
+def begin(model, adapter, config):
+    """Put new adapters into a model. -> an optimizer for them. `adapter` learns what the frozen weights are."""
+    torch.manual_seed(config.seed)
+    adapter["base"] = checksum(adapt(model, adapter["lora"], adapter["lora_alpha"]))
+    n = sum(p.numel() for p in gpt.trained(model).values())
+    print(f"{n:,} parameters in adapters of rank {adapter['lora']} are trained, all others frozen")
+    return gpt.make_optimizer(model, config.lr, config.beta2, config.weight_decay)
+
+
+def loader(adapter):
+    """gpt.load_checkpoint, for one that holds adapters alone: the frozen weights are read where they came from."""
+
+    def build(cls, sizes, tensors, ops):
+        model = adapt(cls.from_pretrained(adapter["init"], ops, sizes.dropout), adapter["lora"], adapter["lora_alpha"])
+        gpt.expect(checksum(model) == adapter["base"], f"--init {adapter['init']} has other weights than it had")
+        for name, p in gpt.trained(model).items():
+            p.data.copy_(gpt.take(tensors, name, p))
+        return model
+
+    return partial(gpt.load_checkpoint, build=build)
+
+
 def save(model, folder, base):
-    """PEFT's two files: A and B by its names, and what it must know to use them on the model called `base`."""
+    """PEFT's two files: A and B by its names, and what it must know to use them on the model called `base`.
+
+    Nothing for a model without adapters.
+    """
     found = adapters(model)
+    if not found:
+        return
     first = next(iter(found.values()))
     config = dict(
         peft_type="LORA",
@@ -101,7 +142,7 @@ KNOWN = dict(  # what an adapter_config.json may say of what is not built here
 
 
 def load(model, folder):
-    """Put the adapter in a folder of PEFT's or of save()'s into a plain model, in place. ValueError if it doesn't fit."""
+    """Put the adapter in a folder, PEFT's or save()'s, into a plain model, in place. ValueError if it doesn't fit."""
     path = os.path.join(folder, FILES[1])
     with gpt.reported_as(f"{path} is no adapter's configuration"):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -115,7 +156,8 @@ def load(model, folder):
         known = [f"h.{i}.{name}" for i in range(model.config.n_layer) for name in NAMES]
         gpt.expect(places and {*places} <= {*known}, f"it has {', '.join({*places} - {*known}) or 'no matrices'}")
         adapt(model, rank, alpha, places)
-        gpt.fill(gpt.trained(model).items(), tensors)
+        for name, p in gpt.trained(model).items():
+            p.data.copy_(gpt.take(tensors, name, p))
         gpt.expect(not tensors, f"it has {', '.join(tensors)}")
     return model
 
@@ -128,7 +170,8 @@ def merge(argv=None):
     parser.add_argument("--out", required=True, help="folder for the model")
     args = parser.parse_args(argv)
     base = args.model or base_of(args.adapter)
-    gpt.expect(not os.path.exists(os.path.join(args.out, "model.safetensors")), f"--out is {args.out!r}, where a model is")
+    there = os.path.exists(os.path.join(args.out, "model.safetensors"))
+    gpt.expect(not there, f"--out is {args.out!r}, which holds a model: take another")
     model = gpt.GPT.from_pretrained(base, ops)
     tokenizer = model.tokenizer
     load(model, args.adapter).save_pretrained(args.out, **(dict(tokenizer=tokenizer) if tokenizer else {}))

@@ -24,11 +24,12 @@ import torch
 
 import gpt
 
-from . import _kernels, data, metrics, ops, processes
+from . import _kernels, data, lora, metrics, ops, processes
 from .learn import exercise
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 BEST = ("best/model.safetensors", "best/config.json")
+OTHERS = (*lora.FILES, *(f"best/{name}" for name in lora.FILES), metrics.NAME)
 
 
 class Interrupts:
@@ -146,6 +147,7 @@ class Run:
     def measured(self, loss, seconds):
         """This step's row."""
         flops = metrics.flops(self.model.config, self.per_step)
+        frozen = any(not p.requires_grad for p in self.model.parameters())  # the count knows nothing of those
         return dict(
             step=self.step,
             tokens=self.last["tokens"] + self.per_step,
@@ -154,7 +156,7 @@ class Run:
             rate=self.optimizer.param_groups[0]["lr"],
             norm=self.optimizer.norm,
             tokens_per_second=self.per_step / seconds,
-            mfu=flops / seconds / self.limit,
+            mfu=None if frozen else flops / seconds / self.limit,
             seconds=self.last["seconds"] + seconds,
         )
 
@@ -187,6 +189,7 @@ class Run:
             rest = dict(size=self.log.size, crc=self.log.crc, complete=not self.row, row=self.last)
             rest |= dict(best=self.best, shares=self.shares)
             gpt.save_checkpoint(self.model, self.optimizer, self.step, self.config, run=json.dumps(rest), **self.about)
+            lora.save(self.model, self.config.out, self.config.init)
             self.log.release()
         self.saved = self.step
 
@@ -199,6 +202,7 @@ class Run:
             if val_loss < self.best and self.team.rank == 0:
                 path = os.path.join(self.config.out, "best")
                 self.model.save_pretrained(path, tokenizer=self.config.tokenizer, step=self.step, val_loss=val_loss)
+                lora.save(self.model, path, self.config.init)
             self.evaluated(val_loss)
             speed = f", {self.speed():,.0f} tokens/s" if self.step > self.first else ""
             left = (self.config.steps - self.step) * self.per_step / self.last["tokens_per_second"]
@@ -221,10 +225,14 @@ def run(typed, ops, interrupts, team):
             ways = "add --resume or --overwrite" if FILES[0] in there else f"it has {there}: add --overwrite"
             free = resume or overwrite or not there
             gpt.expect(free, f"--out is {out!r}, which holds a checkpoint: {ways}, or take another")
+        adapter = {name: typed.pop(name) for name in ("lora", "lora_alpha") if name in typed}
         before = say_changes(path, typed) if resume else {}
+        adapter = lora.settled(adapter, before, typed.get("init"))
 
         def train(model, optimizer, tokens, val, config, step):
-            about = dict(data=described(tokens, val), machine=machine(ops))
+            if adapter and not resume:
+                optimizer = lora.begin(model, adapter, config)
+            about = dict(data=described(tokens, val), machine=machine(ops), lora=json.dumps(adapter))
             for name, what in (("data", "the text has changed"), ("machine", "last digits may differ")):
                 if before.get(name) not in (None, about[name]):
                     print(f"{what}: {about[name]}, it was {before[name]}")
@@ -248,7 +256,7 @@ def run(typed, ops, interrupts, team):
             if team.rank > 0:
                 raise Done
 
-        gpt.run_train(typed, ops, train, data.load_tokens)
+        gpt.run_train(typed, ops, train, data.load_tokens, lora.loader(adapter) if adapter else gpt.load_checkpoint)
 
 
 @contextmanager
@@ -318,7 +326,7 @@ def claimed(folder):
 
 
 def remove_leftovers(folder):
-    for name in (*FILES, *BEST, metrics.NAME, "trial"):
+    for name in (*FILES, *BEST, *OTHERS, "trial"):
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, f"{name}.tmp"))  # half a file, of a run that was killed
 
@@ -327,6 +335,8 @@ def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(prog="fastgpt train", description="Train a model on a text.")
     gpt.add_options(parser, gpt.TrainConfig)
+    parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank beside --init's weights")
+    parser.add_argument("--lora-alpha", type=float, metavar="X", help="their weight is X / R (default: R)")
     parser.add_argument("--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names")
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
