@@ -132,12 +132,13 @@ class Run:
         started = time.perf_counter()
         with self.interrupts:
             try:
-                loss = gpt.train_step(self.shared, self.optimizer, self.tokens, self.step, self.config)
+                loss = gpt.train_step(self.shared, self.optimizer, self.tokens, self.step, self.config, self.draw())
             except ValueError as error:
                 raise ValueError(f"{error}; {self.suspects()}") from error
             if self.shared is not self.model:
-                loss, self.interrupts.number = self.shared.agree(self.optimizer.norm, self.interrupts.number)
-                self.interrupts.agreed = self.interrupts.number != 0
+                loss, number = self.shared.agree(self.optimizer.norm, self.interrupts.number)
+                if number:
+                    self.interrupts.number, self.interrupts.agreed = number, True
             self.step += 1
             self.last = self.row = self.measured(loss, time.perf_counter() - started)
             if self.step % self.config.eval_every and self.step < self.config.steps:
@@ -166,13 +167,19 @@ class Run:
         self.row = None
 
     def speed(self):
-        """Tokens a second since this process began, with all that stands between the steps."""
+        """Tokens a second since this process began its steps, with all that stands between them."""
+        if self.step == self.first:
+            return self.last["tokens_per_second"]
         return (self.step - self.first) * self.per_step / (time.perf_counter() - self.started)
+
+    def draw(self):
+        """What this step draws its batches with."""
+        return gpt.random_batch
 
     def suspects(self):
         """Rate and windows of the step that failed: those whose own loss is not finite, or all."""
         T, positions = self.model.config.block_size, np.arange(len(self.tokens))
-        batches = gpt.step_batches(positions, T, self.step, self.config)
+        batches = gpt.step_batches(positions, T, self.step, self.config, self.draw())
         starts = [start for idx, _ in batches for start in idx[:, 0].tolist()]
         self.model.eval()
         windows = (torch.from_numpy(self.tokens[start + np.arange(T + 1)].astype(np.int64))[None] for start in starts)
@@ -194,6 +201,7 @@ class Run:
         self.saved = self.step
 
     def evaluate(self):
+        """Measure, keep the weights if they are the best so far, and complete the row of this step."""
         val_loss = processes.evaluate(self.model, self.team, self.val, self.config.batch_size, max_windows=256)
         gpt.progress("")
         with self.interrupts:
@@ -204,9 +212,8 @@ class Run:
                 self.model.save_pretrained(path, tokenizer=self.config.tokenizer, step=self.step, val_loss=val_loss)
                 lora.save(self.model, path, self.config.init)
             self.evaluated(val_loss)
-            speed = f", {self.speed():,.0f} tokens/s" if self.step > self.first else ""
-            left = (self.config.steps - self.step) * self.per_step / self.last["tokens_per_second"]
-            print(f"step {self.step}: {losses}{speed}, {left:.0f} s left{best}", flush=True)
+            left = (self.config.steps - self.step) * self.per_step / self.speed()
+            print(f"step {self.step}: {losses}, {self.speed():,.0f} tokens/s, {left:.0f} s left{best}", flush=True)
 
     def evaluated(self, val_loss):
         self.best = min(self.best, math.inf if val_loss is None else val_loss)
@@ -247,6 +254,8 @@ def run(typed, ops, interrupts, team):
             team.expect_same(f"step {step}, {about}, {config}")
             log = metrics.Log(out, held=bool(there) and not resume)
             running = Run(model, optimizer, tokens, val, config, step, interrupts, team, log, about)
+            if resume:
+                running.shares = 1  # if gpt.py began it
             if "run" in before:
                 with gpt.reported_as(f"{path} is damaged"):
                     running.resume(json.loads(before["run"]))
@@ -286,8 +295,7 @@ def described(tokens, val):
 
 def machine(ops):
     """What the last digits depend on."""
-    kernels = _kernels.isa() if "fastgpt" in getattr(ops, "__name__", "") else "formulas"
-    return f"torch {torch.__version__}, {kernels}"
+    return f"torch {torch.__version__}, {getattr(ops, '__name__', 'gpt')} on {_kernels.isa()}"
 
 
 def say_changes(path, typed):
