@@ -76,6 +76,8 @@ class Run:
         self.shares, self.best, self.last = team.n, math.inf, dict(tokens=step * self.per_step, seconds=0.0)
         self.row = None  # of metrics.jsonl, which waits for its evaluation
         self.limit = sum(limit for (limit,) in team.gather([metrics.limit()]))
+        frozen = len(gpt.trained(model)) < len([*model.parameters()])  # the count knows nothing of those
+        self.flops = None if frozen else metrics.flops(model.config, self.per_step)
 
     def resume(self, saved):
         """saved: what save() wrote. The log is cut back; an evaluation that was not over then is due."""
@@ -113,6 +115,9 @@ class Run:
                     self.save()
                 goes_on = f"after step {self.saved}; `train --resume --out {self.config.out}` goes on"
                 print(f"stopped {goes_on if self.saved else 'before the first step; nothing was saved'}", flush=True)
+            if self.interrupts.agreed:
+                with processes.connected():
+                    self.team.gather([0.0])  # torchrun soon kills the first process if others end before it has saved
             raise
         self.interrupts.many = False
         if self.interrupts.number:  # it came too late to agree on
@@ -147,8 +152,6 @@ class Run:
 
     def measured(self, loss, seconds):
         """This step's row."""
-        flops = metrics.flops(self.model.config, self.per_step)
-        frozen = any(not p.requires_grad for p in self.model.parameters())  # the count knows nothing of those
         return dict(
             step=self.step,
             tokens=self.last["tokens"] + self.per_step,
@@ -157,7 +160,7 @@ class Run:
             rate=self.optimizer.param_groups[0]["lr"],
             norm=self.optimizer.norm,
             tokens_per_second=self.per_step / seconds,
-            mfu=None if frozen else flops / seconds / self.limit,
+            mfu=self.flops and self.flops / seconds / self.limit,
             seconds=self.last["seconds"] + seconds,
         )
 

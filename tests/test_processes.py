@@ -124,7 +124,7 @@ def test_one_process_that_ends_or_is_signalled_stops_all_and_nothing_is_lost(run
         (2, "signalled_process", tmp_path / "signalled", *more),
         (2, None, tmp_path / "signalled", "--resume"),
     )
-    assert lost[0] == [1, 9] and "process 0 of 2: lost the other processes" in lost[1], lost
+    assert lost[0] == [1, 9] and "process 0 of 2: another process has gone" in lost[1], lost
     assert "goes on from step 2" in lost[1] and "Traceback" not in lost[1]
     assert signalled[0] == [143, 143] and "stopped after step 4" in signalled[1], signalled
     for text, out in ((after_lost, "lost"), (after_signal, "signalled")):
