@@ -110,10 +110,12 @@ def loader(adapter):
 def save(model, folder, base):
     """PEFT's two files: A and B by its names, and what it must know to use them on the model called `base`.
 
-    Nothing for a model without adapters.
+    For a model without adapters none, and another run's are removed.
     """
     found = adapters(model)
     if not found:
+        for name in FILES:
+            Path(folder, name).unlink(missing_ok=True)
         return
     first = next(iter(found.values()))
     config = dict(

@@ -2,7 +2,8 @@
 
 The steps are gpt.train_step's, in the same order, so losses and weights are those of gpt.py's plain loop, bit for bit.
 Around them: Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; a folder belongs to one run at a
-time and is tried before the first step; what differs from the run that is resumed is said; texts take little memory.
+time and is tried before the first step; what differs from the run that is resumed is said; texts take little memory;
+each step is logged, and the best weights are kept (metrics.py); several processes share the batches (processes.py).
 """
 
 import argparse
@@ -100,6 +101,10 @@ class Run:
         self.started = time.perf_counter()
         self.shared = processes.share(self.model, self.config.accumulate, self.shares, self.team)
         self.interrupts.many = self.team.n > 1
+        if self.shared is not self.model and self.shared.in_turns:
+            print(
+                f"the gradient of each batch is exchanged, to add up as {self.shares} processes did: slower, as exact"
+            )
         try:
             with processes.connected():
                 self.finish()
@@ -200,6 +205,8 @@ class Run:
             rest |= dict(best=self.best, shares=self.shares)
             gpt.save_checkpoint(self.model, self.optimizer, self.step, self.config, run=json.dumps(rest), **self.about)
             lora.save(self.model, self.config.out, self.config.init)
+            if self.log.held:  # the folder was another run's until now
+                remove(self.config.out, [name for name in (*BEST, *OTHERS) if name.startswith("best/")])
             self.log.release()
         self.saved = self.step
 
@@ -243,17 +250,8 @@ def run(typed, ops, interrupts, team):
             if adapter and not resume:
                 optimizer = lora.begin(model, adapter, config)
             about = dict(data=described(tokens, val), machine=machine(ops), lora=json.dumps(adapter))
-            for name, what in (("data", "the text has changed"), ("machine", "last digits may differ")):
-                if before.get(name) not in (None, about[name]):
-                    print(f"{what}: {about[name]}, it was {before[name]}")
-            B, A = processes.divided(config.batch_size, config.accumulate, team.n)
-            if B != config.batch_size:
-                print(f"{team.n} processes share a step as --batch-size {B} --accumulate {A}")
-                config = replace(config, batch_size=B, accumulate=A)
-            if config.warmup > config.steps:
-                print(f"--warmup {config.warmup} is longer than the run, so it is cut to --steps {config.steps}")
-            if step >= config.steps:
-                print(f"nothing to do: {out} is at step {step} of {config.steps}; --resume --steps N goes on")
+            config = shared_out(config, team)
+            say_how(config, step, before, about)
             team.expect_same(f"step {step}, {about}, {config}")
             log = metrics.Log(out, held=bool(there) and not resume)
             running = Run(model, optimizer, tokens, val, config, step, interrupts, team, log, about)
@@ -269,6 +267,25 @@ def run(typed, ops, interrupts, team):
                 raise Done
 
         gpt.run_train(typed, ops, train, data.load_tokens, lora.loader(adapter) if adapter else gpt.load_checkpoint)
+
+
+def shared_out(config, team):
+    """With batches that the processes can share: the same windows, if need be in smaller batches."""
+    B, A = processes.divided(config.batch_size, config.accumulate, team.n)
+    if A != config.accumulate:
+        print(f"{team.n} processes share a step as --batch-size {B} --accumulate {A}")
+    return replace(config, batch_size=B, accumulate=A)
+
+
+def say_how(config, step, before, about):
+    """What may surprise: in the options, or beside the run that is resumed."""
+    for name, what in (("data", "the text has changed"), ("machine", "last digits may differ")):
+        if before.get(name) not in (None, about[name]):
+            print(f"{what}: {about[name]}, it was {before[name]}")
+    if config.warmup > config.steps:
+        print(f"--warmup {config.warmup} is longer than the run, so it is cut to --steps {config.steps}")
+    if step >= config.steps:
+        print(f"nothing to do: {config.out} is at step {step} of {config.steps}; --resume --steps N goes on")
 
 
 @contextmanager
@@ -337,9 +354,14 @@ def claimed(folder):
 
 
 def remove_leftovers(folder):
-    for name in (*FILES, *BEST, *OTHERS, "trial"):
+    """Half a file, of a run that was killed."""
+    remove(folder, [f"{name}.tmp" for name in (*FILES, *BEST, *OTHERS, "trial")])
+
+
+def remove(folder, names):
+    for name in names:
         with suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, f"{name}.tmp"))  # half a file, of a run that was killed
+            os.remove(os.path.join(folder, name))
 
 
 def main(argv=None, ops=ops):

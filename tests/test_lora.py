@@ -145,6 +145,13 @@ def test_the_files_have_pefts_names_and_shapes(tune, tmp_path):
     assert config["target_modules"] == ["c_attn", "c_fc", "c_proj"]
 
 
+def test_a_run_without_adapters_leaves_no_files_of_one_that_had_some(tune, data, tmp_path):
+    tune(tmp_path / "out")
+    assert {*lora.FILES} <= {path.name for path in (tmp_path / "out" / "best").iterdir()}
+    fastgpt.train.main(["--out", str(tmp_path / "out"), "--data", data, *TINY, *SIZES, "--overwrite"])
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name in lora.FILES]
+
+
 def test_merge_makes_the_model_that_training_saved(tune, tmp_path, capsys):
     tune(tmp_path / "out")
     assert fastgpt.__main__.main(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "merged")]) == 0

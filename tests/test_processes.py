@@ -73,7 +73,7 @@ def test_processes_equal_one_with_as_many_batches_bit_for_bit(runs, tmp_path):
     )
     assert all(set(statuses) == {0} for statuses, _ in said), said
     assert "2 processes share a step as --batch-size 4 --accumulate 2" in said[2][1]
-    assert said[1][1] == said[1][1] and said[1][1].count("step 6:") == 1  # one talks
+    assert said[1][1].count("step 6:") == 1  # one talks
     assert_same(tmp_path / "one", tmp_path / "two")
     assert_same(tmp_path / "one", tmp_path / "cut")
     assert_same(tmp_path / "one of three", tmp_path / "three")
@@ -81,8 +81,8 @@ def test_processes_equal_one_with_as_many_batches_bit_for_bit(runs, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_any_number_of_processes_bit_for_bit(runs, tmp_path):
-    """Begun by one, by two or by four, with four batches a step; gone on with by others, twice."""
-    cases, begins = [], {1: (2, 4), 2: (1, 4), 4: (2, 1)}
+    """Begun by one or by two, with four batches a step; gone on with by others, twice."""
+    cases, begins = [], {1: (2, 4), 2: (4, 1)}
     more = ("--accumulate", "4", "--eval-every", "2", "--dropout", "0.1")
     for n, (second, third) in begins.items():
         parts = tmp_path / f"parts{n}"
@@ -120,9 +120,9 @@ def test_one_process_that_ends_or_is_signalled_stops_all_and_nothing_is_lost(run
     whole, lost, after_lost, signalled, after_signal = runs(
         (2, None, tmp_path / "whole", *more),
         (2, "lost_process", tmp_path / "lost", *more),
-        (2, None, tmp_path / "lost", "--resume"),
+        (2, None, tmp_path / "lost", "--resume", *more),
         (2, "signalled_process", tmp_path / "signalled", *more),
-        (2, None, tmp_path / "signalled", "--resume"),
+        (2, None, tmp_path / "signalled", "--resume", *more),
     )
     assert lost[0] == [1, 9] and "process 0 of 2: another process has gone" in lost[1], lost
     assert "goes on from step 2" in lost[1] and "Traceback" not in lost[1]
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(runs, tmp_path):
         (3, None, tmp_path / "three"), (2, None, tmp_path / "diverged", "--accumulate", "2", "--lr", "1e30")
     )
     assert three[0] == [1, 1, 1] and "3 processes can't share a step of --batch-size 4 x --accumulate 1" in three[1]
-    assert not (tmp_path / "three").exists()
+    assert not [*(tmp_path / "three").glob("*")]
     assert diverged[0] == [1, 1] and "expected finite" in diverged[1] and "windows that start at" in diverged[1]
 
 

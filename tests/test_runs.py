@@ -182,6 +182,21 @@ def test_the_best_weights_stay_where_later_ones_are_worse(train, data, out, monk
     gpt.main(["generate", "--model", str(out / "best"), "--max-new-tokens", "3"])
 
 
+def test_the_best_weights_of_a_run_that_was_replaced_do_not_stay(train, out, monkeypatch):
+    """Ctrl-C between the first checkpoint and the first evaluation."""
+    train(out)
+    real = gpt.train_step
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(gpt, "train_step", interrupted)
+    with pytest.raises(SystemExit):
+        train(out, "--overwrite", "--seed", "5")
+    assert (out / CHECKPOINT).exists() and not (out / "best" / "model.safetensors").exists()
+
+
 def test_what_is_not_finite_stops_before_the_optimizer_and_is_named(train, data, out, monkeypatch):
     train(out)
     before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
