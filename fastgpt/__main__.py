@@ -13,9 +13,7 @@ import numpy
 import tiktoken
 import torch
 
-import gpt
-
-from . import _kernels, bench, check, generate, lora, ops, packed, plot, train
+from . import _kernels, bench, check, evaluate, generate, lora, packed, plot, train
 from .learn import ablate, cost, exercise, ladder, look
 
 
@@ -108,11 +106,6 @@ def without_options(command, function):
     return run
 
 
-def on_kernels(command):
-    """A command of gpt.py's, with the kernels under it."""
-    return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
-
-
 COMMANDS = {
     "info": ("versions, processor, instruction set, threads", without_options("info", info)),
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
@@ -129,7 +122,7 @@ COMMANDS = {
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),
     "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
-    "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
+    "eval": ("loss, perplexity and bits per byte of a text; or against other dtypes", lambda argv: evaluate.main(argv)),
 }
 
 
