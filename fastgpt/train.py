@@ -266,7 +266,8 @@ def run(typed, ops, interrupts, team):
             if team.rank > 0:
                 raise Done
 
-        gpt.run_train(typed, ops, train, data.load_tokens, lora.loader(adapter) if adapter else gpt.load_checkpoint)
+        load = lora.loader(adapter) if adapter else gpt.load_checkpoint
+        gpt.run_train(typed, ops, train, data.load_tokens, load_checkpoint=load)
 
 
 def shared_out(config, team):
