@@ -1,6 +1,7 @@
 """Several processes on gloo: the bits of one, whatever their number, and faults that don't go unseen."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgpt
 import gpt
 from fastgpt import processes
 
@@ -146,6 +148,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(runs, tmp_path):
 def test_torchrun_trains_with_two_processes(data, tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastgpt", "train"]
     run += [*TINY, "--data", data, "--out", str(tmp_path / "out")]
-    result = subprocess.run(run, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    env = os.environ | dict(PYTHONPATH=str(Path(fastgpt.__file__).parents[1]))  # installed or not
+    result = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stdout.count("step 6:") == 1, result.stdout + result.stderr
     assert len(contents(tmp_path / "out")[1]) == 6
