@@ -479,20 +479,26 @@ def evaluate(model, tokens, batch_size, max_windows=None):
     return total / count
 
 
-def train_step(model, optimizer, tokens, step, config):
+def step_batches(tokens, T, step, config, batch=random_batch):
+    """A step's `accumulate` batches. Its number seeds them and their dropout, so that a resumed run draws the same."""
+    seed = config.seed * 1_000_003 + step
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(config.accumulate):
+        torch.manual_seed(seed + i * 0x9E3779B9)  # dropout's, batch by batch, whoever computes it
+        yield batch(tokens, config.batch_size, T, generator)
+
+
+def train_step(model, optimizer, tokens, step, config, batch=random_batch):
     """One step of the optimizer: loss and gradients of `accumulate` batches, clipped to norm `clip`. -> the loss"""
-    seed = config.seed * 1_000_003 + step  # by step, so that a resumed run draws the same batches and dropout masks
-    generator, total = torch.Generator().manual_seed(seed), 0.0
-    torch.manual_seed(seed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config.steps, config.warmup, config.lr)
     optimizer.zero_grad()
-    for _ in range(config.accumulate):
-        idx, targets = random_batch(tokens, config.batch_size, model.config.block_size, generator)
+    total = 0.0
+    for idx, targets in step_batches(tokens, model.config.block_size, step, config, batch):
         loss = model.loss(idx, targets) / config.accumulate
         loss.backward()
         total += loss.item()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    norm = optimizer.norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()  # kept for who logs it
     finite = math.isfinite(total) and math.isfinite(norm)
     expect(finite, f"step {step + 1}: loss {total}, norm of its gradient {norm}, expected finite; try a lower --lr")
     optimizer.step()
@@ -660,9 +666,13 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's means of the gradient and of its square
 
 
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save_checkpoint(model, optimizer, step, config, **more):
     """training.safetensors, to go on from: weights, AdamW's moments, options. Beside it, the weights alone, to use."""
-    tensors = dict(model.named_parameters())
+    tensors = trained(model)
     tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in tensors.items() for moment in MOMENTS}
     for name, x in tensors.items():
         expect(x.isfinite().all(), f"step {step}: {name} is not finite, so nothing is saved; a lower --lr may help")
@@ -677,7 +687,7 @@ def expect_same(typed, fixed):
         expect(typed.get(name, x) == x, f"--{dashed(name)} is {typed.get(name)!r}, but was {x!r}, which cannot change")
 
 
-def load_checkpoint(path, typed, ops):
+def load_checkpoint(path, typed, ops, build=build):
     """-> model, optimizer, options (those of the run, with what is typed on top) and step."""
     tensors, about = load_tensors(path)
     with reported_as(f"{path} cannot be resumed"):
@@ -686,7 +696,7 @@ def load_checkpoint(path, typed, ops):
         config = TrainConfig(**saved | dict(out=os.path.dirname(path)) | typed)
         model = build(GPT, replace(sizes, dropout=config.dropout), tensors, ops)
         optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
-        for name, p in model.named_parameters():
+        for name, p in trained(model).items():
             moments = {moment: take(tensors, f"{moment}.{name}", p) for moment in MOMENTS}
             optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
         expect(step >= 0 and not tensors, f"step is {step}, unknown tensors are {list(tensors)}")
@@ -697,7 +707,7 @@ def load_checkpoint(path, typed, ops):
 # --------------------------------------------------------------------------------------------- 8  Command line
 
 
-def run_train(typed, ops, train=train, load_tokens=load_tokens):
+def run_train(typed, ops, train=train, load_tokens=load_tokens, load_checkpoint=load_checkpoint):
     resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     config, step = TrainConfig(**typed), 0
     path = os.path.join(config.out, "training.safetensors")

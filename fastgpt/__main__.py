@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval; and those of learn/."""
+"""The command `fastgpt`: check, bench, demo, train, generate, eval and more; and the commands of learn/."""
 
 import argparse
 import hashlib
@@ -13,7 +13,7 @@ import numpy
 import tiktoken
 import torch
 
-from . import _kernels, bench, check, evaluate, generate, packed, train
+from . import _kernels, bench, check, evaluate, generate, lora, packed, plot, train
 from .learn import ablate, cost, exercise, ladder, look
 
 
@@ -120,6 +120,8 @@ COMMANDS = {
         "train a model; --dtype bfloat16: faster; --ops FILE: on your own functions",
         lambda argv: train.main(argv),
     ),
+    "plot": ("draw the losses of runs together", lambda argv: plot.main(argv)),
+    "merge": ("make a plain model of a base and a LoRA adapter", lambda argv: lora.merge(argv)),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

@@ -390,11 +390,11 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def import_pyplot():
+def import_pyplot(option="--plot"):
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ValueError(f"{option} needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -560,6 +560,14 @@ def try_file(path):
         os.remove(path)
 
 
+def try_picture(path, option="--plot"):
+    """Find out now that no picture can be drawn into this file."""
+    known = import_pyplot(option).figure().canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:] not in known:
+        raise ValueError(f"{option} is {path!r}, expected a name that ends in one of: .{', .'.join(known)}")
+    try_file(path)
+
+
 def add_report_options(parser, seconds):
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument(
@@ -571,13 +579,11 @@ def add_report_options(parser, seconds):
 
 
 def try_report_files(args):
-    for path in (args.json, args.markdown, args.plot):
+    for path in (args.json, args.markdown):
         if path is not None:
             try_file(path)
     if args.plot:
-        known = import_pyplot().figure().canvas.get_supported_filetypes()
-        if os.path.splitext(args.plot)[1][1:] not in known:
-            raise ValueError(f"--plot is {args.plot!r}, expected a name that ends in one of: .{', .'.join(known)}")
+        try_picture(args.plot)
 
 
 def write_report(args, argv, results, section, plot):

@@ -1,10 +1,12 @@
-"""Training, interrupted at random times by real signals, then resumed: the same weights as without, bit for bit.
+"""Training, interrupted at random times by real signals, then resumed: the same run as without, bit for bit.
 
-    python tests/interrupts.py 100 1     # a hundred runs, seed 1
+    python tests/interrupts.py 100 1          # a hundred runs, seed 1
+    python tests/interrupts.py 100 1 kill     # the same with kill -9 alone
 
 Each run is a fork of this process, which has imported everything and computed nothing yet.
 """
 
+import json
 import os
 import random
 import shutil
@@ -51,16 +53,26 @@ def start(argv, log):
         os._exit(code)
 
 
+WEIGHTS = ("training.safetensors", "model.safetensors", "best/model.safetensors")
+
+
 def files(out):
     # --out is in the options, and differs; so compare tensors, not bytes
-    return {name: gpt.load_tensors(Path(out) / name)[0] for name in ("training.safetensors", "model.safetensors")}
+    return {name: gpt.load_tensors(Path(out) / name)[0] for name in WEIGHTS}
+
+
+def rows(out):
+    """The lines of the log, but for what the clock said."""
+    timed = ("tokens_per_second", "mfu", "seconds")
+    lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+    return [{key: x for key, x in row.items() if key not in timed} for row in lines]
 
 
 def differences(a, b):
     return [f"{name} {key}" for name in a for key in a[name] if not torch.equal(a[name][key], b[name][key])]
 
 
-def run(n, seed):
+def run(n, seed, kill=False):
     """-> what went wrong, one line each"""
     rng, folder, wrong, codes = random.Random(seed), Path(tempfile.mkdtemp()), [], {}
     data, log = folder / "text.txt", folder / "log"
@@ -75,7 +87,7 @@ def run(n, seed):
         while True:
             resume = (out / "training.safetensors").exists()
             pid = start([*argv, "--out", str(out), *(["--resume"] if resume else ["--overwrite"])], log)
-            number = rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+            number = signal.SIGKILL if kill else rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
             if interrupts:
                 time.sleep(rng.uniform(0, seconds))
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
@@ -93,8 +105,10 @@ def run(n, seed):
                 break
             interrupts -= 1
         expected = expected or files(folder / "whole")
+        wrong += [f"run {i}: the log differs"] if rows(folder / "whole") != rows(out) else []
         wrong += [f"run {i}: {d} differs" for d in differences(expected, files(out))]
-        left = {p.name for p in out.iterdir()} - {"training.safetensors", "model.safetensors", "config.json"}
+        known = {*WEIGHTS, "config.json", "best", "best/config.json", "metrics.jsonl"}
+        left = {str(p.relative_to(out)) for p in out.rglob("*")} - known
         wrong += [f"run {i}: {left} stayed"] if left else []
         shutil.rmtree(out)
     shutil.rmtree(folder)
@@ -103,6 +117,6 @@ def run(n, seed):
 
 
 if __name__ == "__main__":
-    failed = run(int(sys.argv[1]), int(sys.argv[2]))
+    failed = run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["kill"])
     print("\n".join(failed))
     sys.exit(bool(failed))

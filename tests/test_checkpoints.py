@@ -57,6 +57,11 @@ def tensors(out):
     return {name: gpt.load_tensors(Path(out) / name)[0] for name in FILES[:2]}
 
 
+def contents(out):
+    """The bytes of all files, by name."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def assert_same(a, b):
     for name in FILES[:2]:
         assert a[name].keys() == b[name].keys()
@@ -79,10 +84,9 @@ def refused(argv, *words, ops=None):
 
 
 @pytest.mark.slow
-def test_runs_interrupted_by_signals_end_with_the_same_weights():
-    run = subprocess.run(
-        [sys.executable, HERE / "interrupts.py", "6", "1"], capture_output=True, text=True, timeout=600
-    )
+@pytest.mark.parametrize("how", (["6", "1"], ["20", "1", "kill"]), ids=("signals", "kill -9"))
+def test_runs_interrupted_at_random_end_the_same(how):
+    run = subprocess.run([sys.executable, HERE / "interrupts.py", *how], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -140,7 +144,11 @@ def test_interrupt_before_any_line_loses_nothing(data, tmp_path, times, capsys):
     argv = ["--data", data, *TINY, "--steps", "4"]
     names = {
         "run",
-        "loop",
+        "go",
+        "finish",
+        "evaluate",
+        "evaluated",
+        "save",
         "claimed",
         "train",
         "train_step",
@@ -380,7 +388,7 @@ def test_what_is_no_file_is_refused(tmp_path, data, out):
 @pytest.mark.parametrize("call", range(3))
 def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(data, out, call, monkeypatch):
     train(out, "--data", data, *TINY)
-    before = {name: (out / name).read_bytes() for name in FILES}
+    before = contents(out)
     with monkeypatch.context() as patch:
         if call == 0:
             patch.setattr(gpt.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -401,7 +409,7 @@ def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(data, out, call, mon
                 )
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before == contents(out)
 
 
 def test_second_run_in_the_same_folder_is_refused(data, out):
@@ -421,11 +429,12 @@ def test_out_is_tried_before_the_first_step(data, tmp_path, monkeypatch):
 
 def test_leftovers_of_a_killed_run_are_removed(data, out):
     out.mkdir()
-    for name in FILES:
+    (out / "best").mkdir()
+    for name in (*FILES, *fastgpt.train.BEST, "metrics.jsonl"):
         (out / f"{name}.tmp").write_bytes(b"half")
     (out / "notes.tmp").write_text("somebody's")
     train(out, "--data", data, *TINY)
-    assert {path.name for path in out.iterdir()} == {*FILES, "notes.tmp"}
+    assert contents(out).keys() == {*FILES, *fastgpt.train.BEST, "metrics.jsonl", "notes.tmp"}
 
 
 def test_anothers_weights_are_not_overwritten_unasked(data, out):
