@@ -95,12 +95,12 @@ def read(folder):
     return rows
 
 
-def limit():
+def limit(in_bfloat16=False):
     """Multiply-adds that the threads in use can do, in flops a second: the best of 30 short turns, in some 20 ms."""
     best = 0.0
     for _ in range(30):
         start = time.perf_counter()
-        flops = _kernels.fma_work(200_000)
+        flops = _kernels.multiply_add_work(200_000, in_bfloat16)
         best = max(best, flops / (time.perf_counter() - start))
     return best
 

@@ -76,7 +76,7 @@ class Run:
         self.per_step = config.batch_size * model.config.block_size * config.accumulate
         self.shares, self.best, self.last = team.n, math.inf, dict(tokens=step * self.per_step, seconds=0.0)
         self.row = None  # of metrics.jsonl, which waits for its evaluation
-        self.limit = sum(limit for (limit,) in team.gather([metrics.limit()]))
+        self.limit = sum(x for (x,) in team.gather([metrics.limit(model.ops.linear is bfloat16.linear)]))
         frozen = len(gpt.trained(model)) < len([*model.parameters()])  # the count knows nothing of those
         self.flops = None if frozen else metrics.flops(model.config, self.per_step)
 
