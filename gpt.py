@@ -99,6 +99,9 @@ def linear_gelu(x, weight, bias=None):
     return gelu(linear(x, weight, bias))
 
 
+linear_gelu.stands_for = (linear, gelu)  # type: ignore[attr-defined]  # section 3 asks
+
+
 def attention(qkv, n_head, dropout=0.0, seed=0):
     """Split into heads, attend in each, and put the heads side by side again. (B, T, 3C) -> (B, T, C)
 
@@ -230,10 +233,10 @@ class GPT(nn.Module):
         missing = [name for name in FORMULAS if not callable(getattr(ops, name, None))]
         expect(not missing, f"GPT: ops has no {', '.join(missing)}; expected a namespace with {', '.join(FORMULAS)}")
         self.config, self.ops, self.tokenizer = config, SimpleNamespace(**{x: getattr(ops, x) for x in FORMULAS}), None
-        # linear_gelu is right only for the linear and the gelu it came with; otherwise the two, one after the other
+        # linear_gelu is right only for the linear and the gelu it stands for; otherwise the two, one after the other
         fused = getattr(ops, "linear_gelu", None)
-        mixed = len({getattr(f, "__module__", None) for f in (fused, ops.linear, ops.gelu)}) > 1
-        self.ops.linear_gelu = (lambda *args: ops.gelu(ops.linear(*args))) if mixed else fused
+        fits = getattr(fused, "stands_for", None) == (ops.linear, ops.gelu)
+        self.ops.linear_gelu = fused if fits else (lambda *args: ops.gelu(ops.linear(*args)))
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # what the token is
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
         self.drop = nn.Dropout(config.dropout)
@@ -653,7 +656,9 @@ def write_pretrained(model, path, extra):
 
 def own_formulas(ops):
     """Which formulas are neither this file's nor fastgpt's: {"attention": "rotary.attention"}."""
-    own = {x: f for x in FORMULAS if (f := getattr(ops, x)) is not globals()[x] and f.__module__ != "fastgpt.ops"}
+    own = {
+        x: f for x in FORMULAS if (f := getattr(ops, x)) is not globals()[x] and not f.__module__.startswith("fastgpt.")
+    }
     return {x: f"{f.__module__}.{getattr(f, '__qualname__', type(f).__name__)}" for x, f in own.items()}
 
 
