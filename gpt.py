@@ -391,9 +391,13 @@ def load_tokens(path, tokenizer, block_size):
 
 def random_batch(tokens, B, T, generator):
     """B windows that start anywhere, and the same windows one token later, the targets: (B, T), (B, T)."""
-    starts = torch.randint(len(tokens) - T, (B, 1), generator=generator).numpy()
-    windows = torch.from_numpy(np.asarray(tokens)[starts + np.arange(T + 1)].astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+    return windows(tokens, torch.randint(len(tokens) - T, (B, 1), generator=generator).numpy(), T)
+
+
+def windows(tokens, starts, T):
+    """The T tokens from each of the starts, (B, 1), and those one later: (B, T), (B, T)."""
+    rows = torch.from_numpy(np.asarray(tokens[starts + np.arange(T + 1)], np.int64))
+    return rows[:, :-1], rows[:, 1:]
 
 
 # ------------------------------------------------------------------------------------------------- 6  Training
@@ -421,7 +425,7 @@ class TrainConfig(Options):
     """train a model on a text"""
 
     data: str | None = option(None, "text file in UTF-8; without one, Python's own help texts")
-    tokenizer: str = option("bytes", "how text becomes tokens: bytes or gpt2", "tokenizer in ('bytes', 'gpt2')")
+    tokenizer: str = option("bytes", "how text becomes tokens: bytes or gpt2")
     out: str = option("out", "folder for the checkpoint")
     init: str | None = option(None, "fine-tune: start from a folder or from gpt2, gpt2-medium, ...")
     n_layer: int = option(4, "blocks", "1 <= n_layer <= 1000")
@@ -462,19 +466,19 @@ def learning_rate(step, steps, warmup, lr):
 def evaluate(model, tokens, batch_size, max_windows=None):
     """Mean loss in nats a token over consecutive windows: all of them, or max_windows spread over the whole row."""
     T, training, total, count = model.config.block_size, model.training, 0.0, 0
-    n = math.ceil((len(tokens) - 1) / T)
-    padded = torch.from_numpy(np.pad(np.asarray(tokens, np.int32), (0, n * T + 1 - len(tokens)), constant_values=-1))
+    n, last = math.ceil((len(tokens) - 1) / T), len(tokens) - 1
     model.eval()
-    for starts in torch.linspace(0, n - 1, min(n, max_windows or n)).long().mul(T).split(batch_size):
-        windows = padded[starts[:, None] + torch.arange(T + 1)].long()
-        idx, targets = windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
+    for starts in torch.linspace(0, n - 1, min(n, max_windows or n)).long().clamp(max=n - 1).mul(T).split(batch_size):
+        at = (starts[:, None] + torch.arange(T + 1)).clamp(max=last)  # the last window may reach past the end
+        rows = torch.from_numpy(np.asarray(tokens[at.numpy()], np.int64))
+        idx, targets = rows[:, :-1], rows[:, 1:].masked_fill(at[:, :-1] == last, -1)
         kept = int((targets != -1).sum())
         total, count = total + float(model.loss(idx, targets)) * kept, count + kept
     model.train(training)
     return total / count
 
 
-def train_step(model, optimizer, tokens, step, config):
+def train_step(model, optimizer, tokens, step, config, batch=random_batch):
     """One step of the optimizer: loss and gradients of `accumulate` batches, clipped to norm `clip`. -> the loss"""
     seed = config.seed * 1_000_003 + step  # by step, so that a resumed run draws the same batches and dropout masks
     generator, total = torch.Generator().manual_seed(seed), 0.0
@@ -483,7 +487,7 @@ def train_step(model, optimizer, tokens, step, config):
         group["lr"] = learning_rate(step, config.steps, config.warmup, config.lr)
     optimizer.zero_grad()
     for _ in range(config.accumulate):
-        idx, targets = random_batch(tokens, config.batch_size, model.config.block_size, generator)
+        idx, targets = batch(tokens, config.batch_size, model.config.block_size, generator)
         loss = model.loss(idx, targets) / config.accumulate
         loss.backward()
         total += loss.item()
@@ -593,7 +597,11 @@ def fill(named, tensors, prefix=""):
 # GPT-2 in Hugging Face's words, where matrices are stored (in, out).
 HF_SIZES = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions", vocab_size="vocab_size")
 HF_FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True)
-HF_OTHERS = dict(scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True], tokenizer=[None, "gpt2", "bytes"])
+HF_OTHERS = dict(
+    scale_attn_by_inverse_layer_idx=[False],
+    tie_word_embeddings=[True],
+    tokenizer=[None, "vocab.json", "gpt2", "bytes"],  # vocab.json: the file beside it, which fastgpt reads
+)
 HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -691,7 +699,7 @@ def load_checkpoint(path, typed, ops):
 # --------------------------------------------------------------------------------------------- 8  Command line
 
 
-def run_train(typed, ops, train=train, load_tokens=load_tokens):
+def run_train(typed, ops, train=train, load_tokens=load_tokens, get_tokenizer=get_tokenizer):
     resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     config, step = TrainConfig(**typed), 0
     path = os.path.join(config.out, "training.safetensors")
@@ -729,7 +737,7 @@ class GenerateConfig(Options):
     """continue a prompt"""
 
     model: str = option("out", "folder with a checkpoint, or gpt2, gpt2-medium, ...")
-    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none", "tokenizer in ('bytes', 'gpt2')")
+    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none")
     prompt: str = option("\n", "text to continue")
     max_new_tokens: int = option(200, "tokens to add", "1 <= max_new_tokens <= 1_000_000_000")
     samples: int = option(1, "continuations to draw", "1 <= samples <= 100_000")
@@ -753,7 +761,7 @@ class EvalConfig(Options):
     """loss, perplexity and bits per byte of a text's last tenth"""
 
     model: str = option("out", "folder with a checkpoint, or gpt2, gpt2-medium, ...")
-    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none", "tokenizer in ('bytes', 'gpt2')")
+    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none")
     data: str | None = option(None, "text file in UTF-8; without one, Python's own help texts")
     batch_size: int = option(8, "windows at a time", "1 <= batch_size <= 100_000")
 

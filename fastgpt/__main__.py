@@ -13,9 +13,7 @@ import numpy
 import tiktoken
 import torch
 
-import gpt
-
-from . import _kernels, bench, check, generate, ops, packed, train
+from . import _kernels, bench, check, evaluate, generate, packed, prepare, train
 from .learn import cost, exercise, look
 
 
@@ -108,11 +106,6 @@ def without_options(command, function):
     return run
 
 
-def on_kernels(command):
-    """A command of gpt.py's, with the kernels under it."""
-    return lambda argv: gpt.main([command, *argv], ops, prog="fastgpt")
-
-
 COMMANDS = {
     "info": ("versions, processor, instruction set, threads", without_options("info", info)),
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
@@ -120,12 +113,13 @@ COMMANDS = {
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
+    "prepare": ("make shards of tokens of texts of any size", lambda argv: prepare.main(argv)),
     "train": ("train a model on a text", lambda argv: train.main(argv)),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),
     "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
-    "eval": ("loss, perplexity and bits per byte of a text", on_kernels("eval")),
+    "eval": ("loss, perplexity and bits per byte of a text", lambda argv: evaluate.main(argv)),
 }
 
 

@@ -9,9 +9,8 @@ import time
 import numpy as np
 import torch
 
-import gpt
-
 from . import _kernels, packed
+from . import tokenizer as tokenizers
 from .decoder import Decoder
 from .packed import expect
 
@@ -69,7 +68,7 @@ def make_parser():
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
 
     add("model", "out", str, "folder with a checkpoint or packed weights, or gpt2, gpt2-medium, ...")
-    add("tokenizer", None, str, "bytes or gpt2, if the model names none")
+    add("tokenizer", None, str, "bytes, gpt2 or a folder with vocab.json and merges.txt, if the model names none")
     add("prompt", "\n", str, "text to continue")
     add("max-new-tokens", 200, int, "tokens to add")
     add("samples", 1, int, "continuations to draw")
@@ -88,7 +87,6 @@ def make_parser():
 def check(args):
     """In gpt.py's words."""
     for name, good, expected in (
-        ("tokenizer", args.tokenizer in (None, "bytes", "gpt2"), "tokenizer in ('bytes', 'gpt2')"),
         ("max-new-tokens", 1 <= args.max_new_tokens <= 10**9, "1 <= max_new_tokens <= 1_000_000_000"),
         ("samples", 1 <= args.samples <= 100_000, "1 <= samples <= 100_000"),
         ("temperature", 0 <= args.temperature < math.inf, "0 <= temperature < inf"),
@@ -106,7 +104,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     check(args)
     decoder = Decoder(args.model, args.dtype, args.kv_dtype)
-    tokenizer = gpt.get_tokenizer(args.tokenizer or decoder.tokenizer or "gpt2")
+    tokenizer = tokenizers.of_model(args.tokenizer, args.model, decoder.tokenizer)
     n, V, limit = tokenizer.n_vocab, decoder.config.vocab_size, decoder.config.block_size
     expect(n <= V, f"--tokenizer {tokenizer.name} has {n} ids, expected at most the model's {V}")
     start = tokenizer.encode(args.prompt, allowed_special="all") or [tokenizer.eot_token]

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from contextlib import contextmanager, suppress
 
 import safetensors
@@ -21,6 +20,7 @@ import safetensors
 import gpt
 
 from . import data, ops
+from . import tokenizer as tokenizers
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 
@@ -55,20 +55,20 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def loop(model, optimizer, tokens, val, config, step=0, interrupts=None, data=""):
+def loop(model, optimizer, tokens, val, config, step=0, interrupts=None, text="", windows="random"):
     """The steps that are left, with evaluations and checkpoints on the way. An interrupt saves the last whole step."""
     first = saved = step
     started, per_step = time.perf_counter(), config.batch_size * model.config.block_size * config.accumulate
 
     def save():
-        gpt.save_checkpoint(model, optimizer, step, config, data=data)
+        gpt.save_checkpoint(model, optimizer, step, config, data=text, windows=windows)
         return step
 
     model.train()
     try:
         while step < config.steps:
             with interrupts:
-                loss = gpt.train_step(model, optimizer, tokens, step, config)
+                loss = gpt.train_step(model, optimizer, tokens, step, config, data.batches(windows, config, step))
                 step += 1
             speed = (step - first) * per_step / (time.perf_counter() - started)
             gpt.progress(f"step {step} of {config.steps}: loss {loss:.3f}, {speed:,.0f} tokens/s")
@@ -104,31 +104,38 @@ def run(typed, ops, interrupts):
         ways = "add --resume or --overwrite" if FILES[0] in there else f"it has {there}: add --overwrite"
         free = resume or overwrite or not there
         gpt.expect(free, f"--out is {out!r}, which holds a checkpoint: {ways}, or take another")
-        before = say_changes(path, typed) if resume else None
+        folder = data.settle_tokenizer(typed, out)  # of the tokenizer's files, if it has some
+        about = say_changes(path, typed) if resume else {}
+        before, windows = about.get("data"), typed.pop("windows", about.get("windows", "random"))
 
         def train(model, optimizer, tokens, val, config, step):
-            text = f"{len(tokens) + len(val):,} tokens with CRC-32 {zlib.crc32(val, zlib.crc32(tokens)):08x}"
+            text = data.describe(tokens, val)
             if before not in (None, text):
                 print(f"the text is another than before: {text} instead of {before}")
             if config.warmup > config.steps:
                 print(f"--warmup {config.warmup} is longer than the run, so it is cut to --steps {config.steps}")
             if step >= config.steps:
                 print(f"nothing to do: {out} is at step {step} of {config.steps}; --resume --steps N goes on")
-            loop(model, optimizer, tokens, val, config, step, interrupts, text)
+            if config.tokenizer == tokenizers.OWN and folder != out:
+                tokenizers.copy_files(folder, out)
+            loop(model, optimizer, tokens, val, config, step, interrupts, text, windows)
 
-        gpt.run_train(typed, ops, train, data.load_tokens)
+        def get_tokenizer(name):
+            return tokenizers.get(folder if name == tokenizers.OWN else name)
+
+        gpt.run_train(typed, ops, train, data.load_tokens, get_tokenizer)
 
 
 def say_changes(path, typed):
-    """What was typed other than the run's own options. -> a line on the text of the run, if the checkpoint has one"""
+    """What was typed other than the run's own options. -> what the checkpoint says about the run"""
     with gpt.reported_as(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
-        saved = json.loads(about["options"])
+        saved = json.loads(about["options"]) | {"windows": about.get("windows", "random")}
         changed = [k for k, x in typed.items() if k != "out" and x != saved.get(k, x)]
     if changed:
         words = (f"--{gpt.dashed(k)} {typed[k]} instead of {saved[k]}" for k in changed)
         print(f"from here on with {', '.join(words)}")
-    return about.get("data")
+    return about
 
 
 @contextmanager
@@ -162,8 +169,12 @@ def remove_leftovers(folder):
 
 def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
-    parser = argparse.ArgumentParser(prog="fastgpt train", description="Train a model on a text.")
+    parser = argparse.ArgumentParser(
+        prog="fastgpt train", description="Train a model on a text, or on shards of tokens."
+    )
     gpt.add_options(parser, gpt.TrainConfig)
+    kinds = ("random", "permutation")
+    parser.add_argument("--windows", choices=kinds, help="random, or each once before any repeats (default: random)")
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
