@@ -173,13 +173,15 @@ class Tokens:
             start, end, _ = at.indices(len(self))
             firsts = self.ends - [len(shard) for shard in self.shards]
             return Tokens([s.part(start - first, end - first) for s, first in zip(self.shards, firsts, strict=True)])
-        at = np.asarray(at)
-        out, which = np.empty(at.shape, self.dtype), np.searchsorted(self.ends, at, side="right")
-        for i in np.unique(which):
-            shard, here = self.shards[i], which == i
-            out[here] = shard.tokens[at[here] - (self.ends[i] - len(shard))]
-            shard.release()
-        return out
+        places = np.asarray(at).reshape(-1)
+        out, which = np.empty(len(places), self.dtype), np.searchsorted(self.ends, places, side="right")
+        for start in range(0, len(places), 1024):  # few, since the system maps up to 2 MB around each
+            some = slice(start, start + 1024)
+            for i in np.unique(which[some]):
+                shard, here = self.shards[i], start + np.flatnonzero(which[some] == i)
+                out[here] = shard.tokens[places[here] - (self.ends[i] - len(shard))]
+                shard.release()
+        return out.reshape(np.shape(at))
 
     def checksums(self):
         return b"".join(b"%08x %d " % (shard.crc32, len(shard)) for shard in self.shards)

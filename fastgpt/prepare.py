@@ -115,11 +115,9 @@ def start(out, paths, settings):
             break
         gpt.expect(same, f"--out is {out!r}, which was begun with {', '.join(others)}: take another")
         for path, known in zip(paths, files, strict=False):
-            if is_plain(path):
-                size = os.path.getsize(path)
-                gpt.expect(
-                    size == known["bytes"], f"{path} has {size:,} bytes, but {known['bytes']:,} when {out} was made"
-                )
+            size = os.path.getsize(path) if is_plain(path) else known["bytes"]
+            told = f"{path} has {size:,} bytes, but had {known['bytes']:,} before"
+            gpt.expect(size == known["bytes"], told)
         for shard in shards:
             path = os.path.join(out, shard["name"])
             gpt.expect(os.path.exists(path), f"--out is {out!r}, which lacks {shard['name']}: take another")
@@ -130,14 +128,12 @@ def start(out, paths, settings):
                 os.remove(going)
             return None
         if shards:
-            print(f"going on after {len(shards)} shards, byte {at['offset']:,} of {paths[at['file']]}")
+            print(f"going on after {len(shards)} shards, byte {at['bytes']:,} of {paths[len(files)]}")
         return state
     there = sorted(os.listdir(out))
-    gpt.expect(
-        not there or os.path.exists(going),
-        f"--out is {out!r}, which holds {there[:1] and there[0]}: take an empty folder",
-    )
-    at = dict(file=0, offset=0, crc32=0, skip=0)
+    free = not there or os.path.exists(going)
+    gpt.expect(free, f"--out is {out!r}, which holds {there[:1] and there[0]}: take an empty folder")
+    at = dict(bytes=0, crc32="00000000", skip=0)
     state = settings | dict(documents=0, tokens=0, inputs=[], shards=[], at=at)
     save(going, state)
     return state
@@ -169,18 +165,19 @@ def open_input(path):
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
-def read_pieces(paths, jsonl, at):
-    """Pieces and Ends of all files, from `at` on."""
-    for i in range(at["file"], len(paths)):
-        path, begin = paths[i], (at["offset"], at["crc32"]) if i == at["file"] else (0, 0)
+def read_pieces(paths, jsonl, done, at):
+    """Pieces and Ends of all files, from `at` on. What comes before it must be what it was."""
+    for i, path in enumerate(paths):
+        known = [*done, at][i] if i <= len(done) else dict(bytes=0, crc32="00000000")
+        begin = known["bytes"], int(known["crc32"], 16)
         with gpt.reported_as(f"{path} can't be read"), open_input(path) as stream:
             skip(stream, *begin)
-            lines = jsonl or path.removesuffix(".gz").endswith(".jsonl")
-            yield from (read_documents if lines else read_text)(stream, i, *begin)
+            if i >= len(done):
+                lines = jsonl or path.removesuffix(".gz").endswith(".jsonl")
+                yield from (read_documents if lines else read_text)(stream, i, *begin)
 
 
 def skip(stream, size, crc):
-    """What was read before, which must be what it was."""
     found, left = 0, size
     while left and (read := stream.read(min(CHUNK, left))):
         found, left = zlib.crc32(read, found), left - len(read)
@@ -219,7 +216,7 @@ def encode(tokenizer, item):
     """-> the item and its tokens"""
     if isinstance(item, End):
         return item, []
-    ids = [np.full(item.begins, tokenizer.eot_token, data.token_type(tokenizer.n_vocab))]
+    ids = [np.array([tokenizer.eot_token] * item.begins, data.token_type(tokenizer.n_vocab))]
     return item, np.concatenate(ids + [data.to_tokens(t, tokenizer, item.special) for t in data.pieces([item.text])])
 
 
@@ -244,7 +241,7 @@ def write_shards(out, paths, tokenizer, state):
     total = sum(map(os.path.getsize, paths)) if all(map(is_plain, paths)) else 0
     read = sum(known["bytes"] for known in state["inputs"])
     try:
-        for item, ids in ahead(partial(encode, tokenizer), read_pieces(paths, state["jsonl"], state["at"])):
+        for item, ids in ahead(partial(encode, tokenizer), read_pieces(paths, state["jsonl"], state["inputs"][:], state["at"])):
             if isinstance(item, End):
                 state["inputs"].append(dict(name=state["files"][item.file], bytes=item.offset, crc32=f"{item.crc:08x}"))
                 read += item.offset
@@ -256,7 +253,7 @@ def write_shards(out, paths, tokenizer, state):
                 n, used = n + take, used + take
                 if n == len(buffer):
                     write_cut(out, buffer, state)
-                    state["at"] = dict(file=item.file, offset=item.offset, crc32=item.crc, skip=used)
+                    state["at"] = dict(bytes=item.offset, crc32=f"{item.crc:08x}", skip=used)
                     save(os.path.join(out, "progress.json"), state)
                     n = 0
             tokens = state["tokens"] + n

@@ -220,8 +220,9 @@ def test_a_run_stopped_at_any_file_ends_with_the_bytes_of_one_go(kind, monkeypat
                     run(*argv, "--out", out)
                     break
                 except KeyboardInterrupt:
-                    assert "whole shards" in (said := capsys.readouterr().out) or "no shard" in said
-                except ValueError as error:
+                    said = capsys.readouterr().out
+                    assert times == 0 or "whole shards" in said or "no shard" in said
+                except (ValueError, OSError) as error:
                     assert "No space left" in str(error) and "\n" not in str(error)
             left_behind = content(out) if os.path.exists(out) else {}
             assert not [name for name in left_behind if name.endswith(".tmp")]
@@ -274,11 +275,9 @@ def test_what_was_begun_with_other_texts_or_settings_is_not_gone_on_with():
     for more, words in (
         (["--shard-size", "100"], "begun with shard_size 2000, not 100"),
         (["--val", "0.2"], "begun with val 0.1, not 0.2"),
-        (["--tokenizer", "gpt2"], "tokenizer"),
+        (["--tokenizer", write_vocabulary("own", [("a", "b")])], "tokenizer 'bytes', not 'vocab.json'"),
         (["--jsonl"], "jsonl"),
     ):
-        if "gpt2" in more:
-            continue
         with pytest.raises(ValueError, match=words):
             run(*argv, *more)
     with pytest.raises(ValueError, match="begun with files"):
@@ -299,7 +298,7 @@ def test_what_was_begun_with_other_texts_or_settings_is_not_gone_on_with():
         data.load_tokens("d", gpt.get_tokenizer("bytes"), 8)
     run(*argv)
     Path("c.txt").write_bytes(b"more" + Path("c.txt").read_bytes())
-    with pytest.raises(ValueError, match="c.txt has .* bytes, but"):
+    with pytest.raises(ValueError, match="c.txt has .* bytes, but had"):
         run(*argv)
 
 
@@ -422,7 +421,7 @@ def test_one_shard_is_cut_for_validation_and_a_text_is_no_shard():
 
 
 def test_reading_windows_all_over_a_large_shard_takes_little_memory():
-    n = 40_000_000
+    n = 150_000_000
     with open("large.bin", "wb") as file:
         file.write(data.header(n, np.dtype("<u2")))
         file.truncate(1024 + 2 * n)
@@ -439,7 +438,7 @@ def test_reading_windows_all_over_a_large_shard_takes_little_memory():
     env = os.environ | {"PYTHONPATH": str(HERE)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 20_000_000  # of 80 MB
+    assert int(run.stdout) < 60_000_000  # of 300 MB: what the system maps around a few windows
 
 
 # ------------------------------------------------------------------------------------------------------ windows
@@ -523,7 +522,7 @@ def learned_merges(text, n):
     spell = {b: c for c, b in tokenizers.byte_characters().items()}
     words = [[spell[b] for b in word.encode()] for word in regex.findall(tokenizers.PATTERN, text)]
     merges = []
-    for _ in range(n):
+    while len(merges) < n:
         counts = {}
         for word in words:
             for pair in zip(word, word[1:], strict=False):
@@ -541,14 +540,14 @@ def learned_merges(text, n):
 
 @pytest.fixture
 def vocabulary():
-    return write_vocabulary("own", learned_merges(TEXT[:800] + "don't we'll I'VE aaaaaaab \n\n\n   xxx", 90))
+    return write_vocabulary("own", learned_merges(TEXT[:800] + "don't we'll I'VE aaaaaaab \n\n\n   xxx", 60))
 
 
 def test_a_folder_s_vocabulary_gives_the_tokens_of_transformers(vocabulary):
     from transformers import GPT2Tokenizer
 
     theirs, ours, rng = GPT2Tokenizer.from_pretrained(vocabulary), tokenizers.get(vocabulary), random.Random(4)
-    assert ours.n_vocab == 256 + 90 + 1 == len(theirs) and ours.eot_token == theirs.eos_token_id
+    assert ours.n_vocab == 256 + 60 + 1 == len(theirs) and ours.eot_token == theirs.eos_token_id
     texts = [TEXT, "", " ", "aaaaaaaaaab", *("".join(rng.choice(PARTS) for _ in range(30)) for _ in range(300))]
     texts += ["".join(rng.choice("abtheqx 12\n'") for _ in range(60)) for _ in range(300)]
     merged = 0
@@ -662,7 +661,7 @@ def test_shards_say_which_tokenizer_a_run_takes(capsys):
     assert f"{len(TEXT.encode()) + 1 - val:,} tokens, {val:,} to validate" in capsys.readouterr().out
     assert command("eval", "--model", "model", "--data", "d") == 0
     out = capsys.readouterr().out
-    loss, bits = (float(out.split(word)[1].split()[0]) for word in ("loss ", "perplexity "))[0], None
+    loss = float(out.split("loss ")[1].split()[0])
     bits = float(out.split(" bits per byte")[0].split()[-1])
     assert bits == pytest.approx(loss / np.log(2), rel=0.01)
     before = Path("model/training.safetensors").read_bytes()
