@@ -9,8 +9,8 @@
   7  Files         checkpoints, and weights in the Hugging Face layout
   8  Command line  python gpt.py train | generate | eval; in an appendix, the random numbers of dropout
 
-It needs torch, numpy, tiktoken and safetensors, and nothing else of this project. The package `fastgpt` holds the same
-formulas as fused C++ kernels, GPT(config, ops=fastgpt) runs on those, and `fastgpt train` guards a long run.
+It runs on the CPU with torch, numpy, tiktoken and safetensors, and nothing else of this project. The package `fastgpt`
+holds the same formulas as fused C++ kernels: GPT(config, ops=fastgpt) runs on those. `fastgpt train` guards long runs.
 
 The letters in every comment: B batch, T time (position), C channels, H heads, D = C / H head size, V vocabulary.
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and the code released with it;
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import time
 import warnings
@@ -54,14 +53,15 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # C
-    block_size: int = 1024  # the longest T: positions are learned, there are no others
+    block_size: int = 1024  # the longest T: each position has a learned vector, there are no more
     vocab_size: int = 50257  # V: 256 bytes + 50,000 merges + <|endoftext|>
     dropout: float = 0.0
 
     def __post_init__(self):
         for name, x in vars(self).items():
-            good = 0 <= x < 1 if name == "dropout" else type(x) is int and x > 0
-            expect(good, f"GPTConfig: {name} is {x!r}, expected a positive integer, for dropout 0 <= dropout < 1")
+            if name != "dropout":
+                expect(type(x) is int and x > 0, f"GPTConfig: {name} is {x!r}, expected a positive integer")
+        expect(0 <= self.dropout < 1, f"GPTConfig: dropout is {self.dropout!r}, expected 0 <= dropout < 1")
         C, H = self.n_embd, self.n_head
         expect(C % H == 0, f"GPTConfig: n_embd={C} is not a multiple of n_head={H}")
 
@@ -84,7 +84,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def gelu(x):
-    """x * Phi(x), Phi the standard normal CDF, in GPT-2's tanh approximation. Any shape."""
+    """x * Phi(x), Phi the standard normal CDF, in the tanh approximation that GPT-2 was trained with. Any shape."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -116,13 +116,14 @@ def attend(q, k, v, keep=None):
     last Tq of Tk positions.
     """
     (Tq, D), Tk = q.shape[-2:], k.shape[-2]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, Tq, Tk); a sum of D products has a deviation of sqrt(D)
+    # A sum of D products grows like sqrt(D). Undivided, softmax would pick one key, and hardly any gradient would pass.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, Tq, Tk)
     future = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1)  # key after query
     weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)  # each row sums to 1
     return (weights if keep is None else weights * keep) @ v
 
 
-attention.attend = attend  # type: ignore[attr-defined]  # for a cache: new queries, all keys
+attention.attend = attend  # type: ignore[attr-defined]  # the KV cache calls this part alone
 
 
 def split_heads(qkv, n_head):  # (B, T, 3C) -> q, k, v, each (B, H, T, D)
@@ -134,7 +135,10 @@ def merge_heads(y):  # (B, H, T, D) -> (B, T, C)
 
 
 def lm_loss(hidden, weight, targets):
-    """Cross-entropy: the mean of -log p(target) in nats; targets of -1 are ignored. (B, T, C), (V, C), (B, T) -> ()"""
+    """Cross-entropy: the mean of -log p(target) in nats. Targets of -1 are ignored; all of them: NaN.
+
+    (B, T, C), (V, C), (B, T) -> ()
+    """
     keep = targets != -1
     logits = hidden @ weight.T  # (B, T, V)
     target_logit = logits.gather(-1, torch.where(keep, targets, 0).unsqueeze(-1)).squeeze(-1)  # (B, T)
@@ -142,7 +146,7 @@ def lm_loss(hidden, weight, targets):
     return torch.where(keep, nll, 0.0).sum() / keep.sum()
 
 
-FORMULAS = ("layer_norm", "gelu", "linear", "attention", "lm_loss")
+FORMULAS = ("layer_norm", "gelu", "linear", "attention", "lm_loss")  # what `ops` must have; linear_gelu it may have
 
 # ---------------------------------------------------------------------------------------------------- 3  Model
 
@@ -209,7 +213,7 @@ class Block(nn.Module):
 
 
 def normal(n_out, n_in, n_added=1):
-    """N(0, 0.02); smaller where n_added outputs add up in the residual stream, so that their sum is as large as one."""
+    """N(0, 0.02). Where n_added outputs add up in the residual stream each is smaller: their sum is like one alone."""
     return torch.empty(n_out, n_in).normal_(0.0, 0.02 / math.sqrt(n_added))
 
 
@@ -226,9 +230,10 @@ class GPT(nn.Module):
         missing = [name for name in FORMULAS if not callable(getattr(ops, name, None))]
         expect(not missing, f"GPT: ops has no {', '.join(missing)}; expected a namespace with {', '.join(FORMULAS)}")
         self.config, self.ops, self.tokenizer = config, SimpleNamespace(**{x: getattr(ops, x) for x in FORMULAS}), None
-        fused = getattr(ops, "linear_gelu", None)  # only beside the linear and gelu that it was written with
-        own = len({getattr(f, "__module__", None) for f in (fused, ops.linear, ops.gelu)}) > 1
-        self.ops.linear_gelu = (lambda *args: ops.gelu(ops.linear(*args))) if own else fused
+        # linear_gelu is right only for the linear and the gelu it came with; otherwise the two, one after the other
+        fused = getattr(ops, "linear_gelu", None)
+        mixed = len({getattr(f, "__module__", None) for f in (fused, ops.linear, ops.gelu)}) > 1
+        self.ops.linear_gelu = (lambda *args: ops.gelu(ops.linear(*args))) if mixed else fused
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # what the token is
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
         self.drop = nn.Dropout(config.dropout)
@@ -272,17 +277,17 @@ class GPT(nn.Module):
 def check_tokens(idx, past, config):
     good = idx.dim() == 2 and idx.dtype in (torch.int64, torch.int32)
     expect(good, f"GPT: idx is {idx.dtype} of shape {tuple(idx.shape)}, expected int64 of shape (B, T)")
-    T, V, tokens = past + idx.shape[1], config.vocab_size, idx.aminmax() if idx.numel() else (0, 0)
+    T, V = past + idx.shape[1], config.vocab_size
     expect(T <= config.block_size, f"GPT: idx has {T} positions, expected at most {config.block_size}")
-    good = tokens[0] >= 0 and tokens[1] < V
-    expect(good, f"GPT: idx has {int(tokens[tokens[0] >= 0])}, expected 0 <= idx < vocab_size={V}")
+    bad = idx[(idx < 0) | (idx >= V)].tolist()
+    expect(not bad, f"GPT: idx has {bad and bad[0]}, expected 0 <= idx < vocab_size={V}")
 
 
 # ----------------------------------------------------------------------------------------------- 4  Generation
 
 
 class KVCache:
-    """What one layer projected at all positions so far, so that a new token pays for one position, not T."""
+    """One layer's queries, keys and values of all positions so far: a new token pays for one position, not for T."""
 
     def __init__(self, B, config, dtype):
         self.qkv, self.length = torch.empty(B, config.block_size, 3 * config.n_embd, dtype=dtype), 0
@@ -290,12 +295,12 @@ class KVCache:
     def attention(self, qkv, n_head, formula):
         """The formula's result at new positions, which see those before them: (B, t, 3C) -> (B, t, C).
 
-        A formula of one's own without an `attend` gets all positions again: slower, and right whatever it does.
+        An attention of one's own without an `attend` is computed over all positions again: slower, but right.
         """
         past, self.length = self.length, self.length + qkv.shape[1]
         self.qkv[:, past : self.length] = qkv
         seen = self.qkv[:, : self.length]
-        if past == 0 or not hasattr(formula, "attend") or hasattr(formula, "__wrapped__"):  # functools.wraps copies it
+        if past == 0 or not hasattr(formula, "attend") or hasattr(formula, "__wrapped__"):  # wraps() copies attend
             return formula(seen, n_head)[:, past:]
         q, k, v = split_heads(seen, n_head)
         return merge_heads(formula.attend(q[:, :, past:], k, v))
@@ -306,7 +311,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """Append max_new_tokens to idx, one after another, each drawn by `sample`: (B, T) -> (B, T + max_new_tokens).
 
     Positions are learned, so once the window of block_size is full it slides and every position changes: from there on
-    each token costs a whole pass. `seed` is that of random.Random; None takes a new one from torch's generator.
+    each token costs a whole pass. `seed` starts Python's random.Random (Mersenne Twister); None takes one from torch.
     """
     expect(idx.dim() == 2 and idx.shape[1] > 0, f"generate: idx is {tuple(idx.shape)}, expected (B, T) with T >= 1")
     expect(max_new_tokens >= 0, f"generate: max_new_tokens is {max_new_tokens}, expected 0 or more")
@@ -314,26 +319,29 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     expect(top_k is None or top_k >= 1, f"generate: top_k is {top_k}, expected None or 1 or more")
     expect(top_p is None or 0 < top_p <= 1, f"generate: top_p is {top_p}, expected None or 0 < top_p <= 1")
     rng = random.Random(int(torch.randint(2**62, ())) if seed is None else seed)
-    caches, new, training = None, idx, model.training
+    caches, training = None, model.training
     model.eval()
-    for _ in range(max_new_tokens):
-        if caches is None or caches[0].length == model.config.block_size:  # at the start, and when the window slides
-            caches = [KVCache(len(idx), model.config, model.wte.weight.dtype) for _ in model.h]
-            new = idx[:, -model.config.block_size :]
-        logits = model.ops.linear(model.hidden(new, caches)[:, -1], model.wte.weight)  # (B, V)
-        new = sample(logits, temperature, top_k, top_p, rng)  # (B, 1)
-        idx = torch.cat((idx, new), dim=1)
-    model.train(training)
-    return idx
+    try:
+        for _ in range(max_new_tokens):
+            if caches is None or caches[0].length == model.config.block_size:  # at the start; when the window slides
+                caches = [KVCache(len(idx), model.config, model.wte.weight.dtype) for _ in model.h]
+                new = idx[:, -model.config.block_size :]
+            logits = model.ops.linear(model.hidden(new, caches)[:, -1], model.wte.weight)  # (B, V)
+            new = sample(logits, temperature, top_k, top_p, rng)  # (B, 1)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+    finally:
+        model.train(training)
 
 
 def sample(logits, temperature, top_k, top_p, rng):
-    """Draw one token from each row of logits: (B, V) -> (B, 1). Who follows these lines draws the same for a seed.
+    """Draw one token from each row of logits: (B, V) -> (B, 1). A program that does these steps draws the same tokens.
 
-    temperature 0 takes the most likely token, the first of equals. Else: tokens from the most to the least likely,
-    equals by id; of them the first top_k; their probabilities, the softmax of logits / temperature in float64; of them
-    top_p's (Holtzman et al. 2019), which drops a token where the sum of those before it is >= p. Then, row by row, one
-    u = rng.random() * (sum of what is left), and the first token whose running sum is > u.
+    temperature 0: the most likely token, of equals the smallest id. Otherwise, row by row:
+    1. order the tokens by logit, the largest first, equals by id; keep the first top_k
+    2. probabilities: softmax of logits / temperature, in float64
+    3. top_p (Holtzman et al. 2019): keep a token if those before it sum to less than top_p
+    4. u = rng.random() * (sum of what is kept); the token is the first whose running sum is > u
     """
     expect(logits.isfinite().all(), "generate: the logits are not finite; are the weights damaged, or diverged?")
     if temperature == 0:
@@ -353,9 +361,9 @@ def sample(logits, temperature, top_k, top_p, rng):
 
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "bytes" gives each byte its own id; "gpt2" then merges the pairs that are common in English.
+    """A tiktoken.Encoding. "bytes": every byte is a token. "gpt2": then 50,000 times, a common pair becomes one token.
 
-    Bytes, because they spell any text; merges, because a token of four letters makes a window four times as long.
+    Bytes can spell any text. With merges a token is about four letters, so the same window holds four times the text.
     """
     expect(name in ("bytes", "gpt2"), f"tokenizer is {name!r}, expected 'gpt2' or 'bytes'")
     if name == "bytes":
@@ -375,17 +383,13 @@ def load_text(path=None):
 
 def load_tokens(path, tokenizer, block_size):
     """Tokens to train on and, from the last tenth of the text, tokens to validate on: two rows of uint16."""
-    data = load_text(path).encode()
-    cut = len(data) * 9 // 10
-    while cut < len(data) and 0x80 <= data[cut] < 0xC0:  # in the middle of a character
-        cut += 1
-    rows = []
-    for part in (data[:cut], data[cut:]):  # in pieces, which is quicker; no token goes from a word on to a space
-        pieces = re.finditer(r"(?s).{1,9999}\S(?=\s)|.+", part.decode())
-        ids = (i for piece in pieces for i in tokenizer.encode(piece[0], allowed_special="all"))
-        rows.append(np.fromiter(ids, np.uint16))
+    text = load_text(path)
+    data = text.encode()
+    val = data[len(data) * 9 // 10 :].decode(errors="ignore")  # without the rest of a character that is cut in two
+    parts = (text[: len(text) - len(val)], val)
+    rows = [tokenizer.encode_to_numpy(part, allowed_special="all").astype(np.uint16) for part in parts]
     few = min(map(len, rows))
-    expect(few > block_size, f"--data has a part of {few} tokens, expected more than --block-size={block_size} of each")
+    expect(few > block_size, f"--data gives a part of {few} tokens, expected more than {block_size} in each")
     return rows
 
 
@@ -412,7 +416,8 @@ class Options:
     def __post_init__(self):
         for f in fields(self):
             x, limits = getattr(self, f.name), f.metadata["limits"]
-            good = isinstance(x, f.type) and (x is None or eval(limits, {f.name: x, "inf": math.inf}))
+            kind = f.type | int if f.type is float else f.type  # 1 is a float, too
+            good = isinstance(x, kind) and (x is None or eval(limits, {f.name: x, "inf": math.inf}))
             expect(good, f"--{dashed(f.name)} is {x!r}, expected {limits if limits != 'True' else f.type}")
 
 
@@ -441,8 +446,8 @@ class TrainConfig(Options):
     lr: float = option(1e-3, "highest learning rate", "0 < lr < inf")
     beta2: float = option(0.99, "AdamW's memory of squared gradients", "0 <= beta2 < 1")
     weight_decay: float = option(0.1, "pull of the matrices towards zero", "0 <= weight_decay < inf")
-    clip: float = option(1.0, "longest gradient", "0 < clip < inf")
-    dropout: float = option(0.0, "share of channels and attention weights to zero", "0 <= dropout < 1")
+    clip: float = option(1.0, "largest norm of the gradient", "0 < clip < inf")
+    dropout: float = option(0.0, "share of channels and attention weights set to zero", "0 <= dropout < 1")
     seed: int = option(1337, "of all randomness", "0 <= seed < 2**32")
 
 
@@ -499,7 +504,7 @@ def train_step(model, optimizer, tokens, step, config, batch=random_batch):
 
 
 def train(model, optimizer, tokens, val, config, step=0):
-    """The steps from `step` to config.steps; each `eval_every` a checkpoint, from which --resume goes on."""
+    """The steps from `step` to config.steps; a checkpoint every eval_every, from which --resume goes on."""
     first, started = step, time.perf_counter()
     model.train()
     while step < config.steps:
@@ -526,7 +531,7 @@ def progress(text):
 
 @contextmanager
 def reported_as(what):
-    """Whatever is wrong with something from outside is a ValueError of one line."""
+    """Any error inside becomes a ValueError of one line that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -538,13 +543,17 @@ def one_line(error):
 
 
 def write_whole(path, write):
-    """write(another name), then rename: whatever happens, `path` is the whole new file, or still the old one."""
-    rename = (os.path.dirname(path) or ".", lambda _: os.replace(f"{path}.tmp", path))
-    for name, act in ((f"{path}.tmp", write), rename):
-        act(name)
-        file = os.open(name, os.O_RDONLY)
-        os.fsync(file)  # the content is on the disk before its name, and then that is, too
-        os.close(file)
+    """Write another file, then rename it: whatever happens, `path` is the whole new file or still the old one."""
+    write(f"{path}.tmp")
+    sync(f"{path}.tmp")  # the content is on the disk before it gets its name
+    os.replace(f"{path}.tmp", path)
+    sync(os.path.dirname(path) or ".")  # and so is the name
+
+
+def sync(path):
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 
 def save_tensors(path, tensors, about=None):
@@ -556,12 +565,12 @@ def save_tensors(path, tensors, about=None):
 
 
 def load_tensors(path):
-    """-> tensors by name, strings about them. What save_tensors wrote is checked to the last bit."""
-    with reported_as(f"{path} is damaged or no safetensors file"):
+    """-> tensors by name, strings about them. The checksum, if the file has one, must be that of both."""
+    with reported_as(f"{path} can't be read as safetensors"):
         expect(os.path.isfile(path), "it does not exist or is no file")  # a pipe would wait
         with safetensors.safe_open(path, "pt") as file:
             tensors, about = {k: file.get_tensor(k).clone() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        expect(about.pop("crc32", None) in (None, checksum(tensors, about)), "its checksum is another")
+        expect(about.pop("crc32", None) in (None, checksum(tensors, about)), "its CRC-32 does not match")
     return tensors, about
 
 
@@ -580,28 +589,24 @@ def build(cls, sizes, tensors, ops):
     said = (sizes.n_layer, sizes.block_size, sizes.n_embd, sizes.vocab_size, sizes.n_embd)
     expect(said == found, f"layers, wpe's shape, wte's shape are {said} by the config, {found} in the weights")
     model = cls(sizes, ops)
-    fill(model.named_parameters(), tensors)
+    for name, p in model.named_parameters():
+        p.data.copy_(take(tensors, name, p))
     return model
 
 
-def fill(named, tensors, prefix=""):
-    """Move each parameter's tensor into it: it must be there, of its shape and finite."""
-    for name, p in named:
-        expect(prefix + name in tensors, f"it has no {prefix}{name}")
-        x = tensors.pop(prefix + name)
-        good = x.shape == p.shape and x.is_floating_point() and x.isfinite().all()
-        expect(good, f"{prefix}{name} is {x.dtype} {tuple(x.shape)}, expected finite floats of shape {tuple(p.shape)}")
-        p.data.copy_(x)
+def take(tensors, name, p):
+    """The tensor of this name, out of `tensors`: it must be there, of p's shape and finite."""
+    expect(name in tensors, f"it has no {name}")
+    x = tensors.pop(name)
+    good = x.shape == p.shape and x.is_floating_point() and x.isfinite().all()
+    expect(good, f"{name} is {x.dtype} {tuple(x.shape)}, expected finite floats of shape {tuple(p.shape)}")
+    return x.to(p.dtype)
 
 
 # GPT-2 in Hugging Face's words, where matrices are stored (in, out).
 HF_SIZES = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions", vocab_size="vocab_size")
 HF_FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True)
-HF_OTHERS = dict(
-    scale_attn_by_inverse_layer_idx=[False],
-    tie_word_embeddings=[True],
-    tokenizer=[None, "vocab.json", "gpt2", "bytes"],  # vocab.json: the file beside it, which fastgpt reads
-)
+HF_FIXED |= dict(scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
 HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -617,10 +622,11 @@ def load_pretrained(cls, path, ops, dropout):
     with reported_as(f"from_pretrained: {config} is damaged or not a GPT-2's"):
         with open(config, encoding="utf-8") as file:
             known = json.load(file)
-        known |= json.loads(about.get("about", "{}"))  # ours stands with the weights as well: they can't be mixed up
-        expected = {k: [x] for k, x in HF_FIXED.items()} | HF_OTHERS | dict(n_inner=[None, 4 * known["n_embd"]])
-        for k, values in expected.items():
-            expect(known.get(k, values[0]) in values, f"{k} is {known.get(k)!r}, expected {values[-1]!r}")
+        known |= json.loads(about.get("about", "{}"))  # our files carry it with the weights too; that one counts
+        for k, x in (HF_FIXED | dict(n_inner=4 * known["n_embd"])).items():
+            expect(known.get(k) in (None, x), f"{k} is {known.get(k)!r}, expected {x!r}")
+        good = (None, "gpt2", "bytes", "vocab.json")  # the last: its own, in a file that fastgpt reads
+        expect(known.get("tokenizer") in good, f"tokenizer is {known.get('tokenizer')!r}")
         sizes = GPTConfig(**{k: known[theirs] for k, theirs in HF_SIZES.items()}, dropout=dropout)
     with reported_as(f"from_pretrained: {weights} is not what its config says"):
         masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored as if they were learned
@@ -646,9 +652,8 @@ def write_pretrained(model, path, extra):
 
 def own_formulas(ops):
     """Which formulas are neither this file's nor fastgpt's: {"attention": "rotary.attention"}."""
-    own = {name: getattr(ops, name) for name in FORMULAS if getattr(ops, name) is not globals()[name]}
-    names = {name: (f.__module__, getattr(f, "__qualname__", type(f).__name__)) for name, f in own.items()}
-    return {name: ".".join(words) for name, words in names.items() if words[0] != "fastgpt.ops"}
+    own = {x: f for x in FORMULAS if (f := getattr(ops, x)) is not globals()[x] and f.__module__ != "fastgpt.ops"}
+    return {x: f"{f.__module__}.{getattr(f, '__qualname__', type(f).__name__)}" for x, f in own.items()}
 
 
 def compare_formulas(path, trained, ops):
@@ -656,11 +661,14 @@ def compare_formulas(path, trained, ops):
         warnings.warn(f"{path} was trained with {trained or 'GPT-2'} as ops, not with these", stacklevel=4)
 
 
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's means of the gradient and of its square
+
+
 def save_checkpoint(model, optimizer, step, config, **more):
     """training.safetensors, to go on from: weights, AdamW's moments, options. Beside it, the weights alone, to use."""
     tensors = dict(model.named_parameters())
-    for moment in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in model.named_parameters()}
+    tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for name, p in tensors.items() for moment in MOMENTS}
     for name, x in tensors.items():
         expect(x.isfinite().all(), f"step {step}: {name} is not finite, so nothing is saved; a lower --lr may help")
     about = dict(config=asdict(model.config), options=asdict(config), formulas=own_formulas(model.ops))
@@ -669,28 +677,23 @@ def save_checkpoint(model, optimizer, step, config, **more):
     model.save_pretrained(config.out, tokenizer=config.tokenizer)
 
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-
-
 def expect_same(typed, fixed):
     for name, x in fixed.items():
-        expect(typed.get(name, x) == x, f"--{dashed(name)} is {typed.get(name)!r}, but is {x!r} and cannot change")
+        expect(typed.get(name, x) == x, f"--{dashed(name)} is {typed.get(name)!r}, but was {x!r}, which cannot change")
 
 
 def load_checkpoint(path, typed, ops):
     """-> model, optimizer, options (those of the run, with what is typed on top) and step."""
     tensors, about = load_tensors(path)
-    with reported_as(f"{path} is no checkpoint that can go on so"):
+    with reported_as(f"{path} cannot be resumed"):
         step, saved, sizes = int(about["step"]), json.loads(about["options"]), GPTConfig(**json.loads(about["config"]))
         expect_same(typed, {name: saved[name] for name in (*SHAPE, "tokenizer", "init")})
         config = TrainConfig(**saved | dict(out=os.path.dirname(path)) | typed)
         model = build(GPT, replace(sizes, dropout=config.dropout), tensors, ops)
         optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state = {name: torch.empty_like(p) for name, p in model.named_parameters()}
-            fill(state.items(), tensors, f"{moment}.")
-            for name, p in model.named_parameters():
-                optimizer.state[p] |= {"step": torch.tensor(float(step)), moment: state[name]}
+        for name, p in model.named_parameters():
+            moments = {moment: take(tensors, f"{moment}.{name}", p) for moment in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
         expect(step >= 0 and not tensors, f"step is {step}, unknown tensors are {list(tensors)}")
     compare_formulas(path, json.loads(about.get("formulas", "{}")), model.ops)
     return model, optimizer, config, step
@@ -703,8 +706,9 @@ def run_train(typed, ops, train=train, load_tokens=load_tokens, get_tokenizer=ge
     resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     config, step = TrainConfig(**typed), 0
     path = os.path.join(config.out, "training.safetensors")
-    free = resume or overwrite or not os.path.exists(path)
-    expect(free, f"--out is {config.out!r}, which holds a checkpoint: add --resume or --overwrite, or take another")
+    there = [x for x in ("training", "model") if os.path.exists(os.path.join(config.out, f"{x}.safetensors"))]
+    what = f"--out is {config.out!r}, which holds a checkpoint: add --resume or --overwrite, or take another"
+    expect(resume or overwrite or not there, what)
     if resume:
         model, optimizer, config, step = load_checkpoint(path, typed, ops)
     tokenizer = get_tokenizer(config.tokenizer)
@@ -719,12 +723,12 @@ def run_train(typed, ops, train=train, load_tokens=load_tokens, get_tokenizer=ge
             sizes = {name: getattr(config, name) for name in SHAPE}
             model = GPT(GPTConfig(**sizes, vocab_size=tokenizer.n_vocab, dropout=config.dropout), ops)
         optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
-    check_vocabulary(model, tokenizer)
+    tokenizer_of(model, config.tokenizer, lambda _: tokenizer)  # has no more ids than the model
     n = sum(p.numel() for p in model.parameters())
     print(f"{n:,} parameters, {len(tokens):,} tokens, {len(val):,} to validate")
     os.makedirs(config.out, exist_ok=True)
     train(model, optimizer, tokens, val, config, step)
-    T, most = config.block_size, 2**18 // config.block_size  # to measure all of a large text would take long
+    T, most = config.block_size, max(1, 2**18 // config.block_size)  # to measure all of a large text would take long
     on = "all" if len(val) <= most * T else f"{most:,} windows of {T} from all over"
     val_loss = evaluate(model, val, config.batch_size, most)
     print(f"val loss {val_loss:.4f} on {on} {len(val):,} tokens; saved in {config.out}\n")
@@ -749,7 +753,8 @@ class GenerateConfig(Options):
 
 def run_generate(typed, ops):
     config = GenerateConfig(**typed)
-    model, tokenizer = load_model(config, ops)
+    model = GPT.from_pretrained(config.model, ops).eval()
+    tokenizer = tokenizer_of(model, config.tokenizer)
     start = tokenizer.encode(config.prompt, allowed_special="all") or [tokenizer.eot_token]
     idx, how = torch.tensor([start] * config.samples), (config.temperature, config.top_k, config.top_p, config.seed)
     for row in model.generate(idx, config.max_new_tokens, *how).tolist():
@@ -768,24 +773,19 @@ class EvalConfig(Options):
 
 def run_eval(typed, ops):
     config = EvalConfig(**typed)
-    model, tokenizer = load_model(config, ops)
+    model = GPT.from_pretrained(config.model, ops).eval()
+    tokenizer = tokenizer_of(model, config.tokenizer)
     _, tokens = load_tokens(config.data, tokenizer, block_size=1)
     loss, n = evaluate(model, tokens, config.batch_size), len(tokens) - 1
     bits = loss * n / math.log(2) / len(tokenizer.decode_bytes(tokens[1:].tolist()))
     print(f"{n:,} tokens: loss {loss:.4f} nats, perplexity {np.exp(loss):.2f}, {bits:.4f} bits per byte")
 
 
-def load_model(config, ops):
-    """The model and its tokenizer: the one it was trained with, unless the command line names one."""
-    model = GPT.from_pretrained(config.model, ops).eval()
-    tokenizer = get_tokenizer(config.tokenizer or model.tokenizer or "gpt2")
-    check_vocabulary(model, tokenizer)
-    return model, tokenizer
-
-
-def check_vocabulary(model, tokenizer):
-    n, V = tokenizer.n_vocab, model.config.vocab_size
-    expect(n <= V, f"--tokenizer {tokenizer.name} has {n} ids, expected at most the model's {V}")
+def tokenizer_of(model, name, get=get_tokenizer):
+    """The tokenizer of this name, or the one that the model was trained with."""
+    tokenizer, V = get(name or model.tokenizer or "gpt2"), model.config.vocab_size
+    expect(tokenizer.n_vocab <= V, f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only {V}")
+    return tokenizer
 
 
 COMMANDS = dict(train=(run_train, TrainConfig), generate=(run_generate, GenerateConfig), eval=(run_eval, EvalConfig))
@@ -822,7 +822,9 @@ def main(argv=None, ops=None, prog=None):
     except BrokenPipeError:  # whoever read our output has gone, as `| head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except (ValueError, OSError, MemoryError, safetensors.SafetensorError) as error:
+    except (ValueError, OSError, MemoryError, KeyError, RuntimeError) as error:  # KeyError: an id without a text
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word for too little memory
+            raise
         sys.exit(f"{parser.prog}: error: {one_line(error)}")
 
 
@@ -834,7 +836,7 @@ def dropout_mask(B, H, T, dropout, seed):
 
     Random numbers without state, so that a kernel can compute any part of the mask on the spot and never store it:
     Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") under the key `seed`
-    turns the counter (query, key // 4, head, 0) into four 32-bit words, one each for four neighbouring keys.
+    turns the counter (query, key // 4, b * H + head, 0) into four 32-bit words, one each for four neighbouring keys.
     """
     low = 0xFFFFFFFF
     query, group = torch.arange(T)[:, None], torch.arange((T + 3) // 4)

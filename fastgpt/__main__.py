@@ -1,4 +1,4 @@
-"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval."""
+"""The command `fastgpt`: info, check, bench, demo, train, generate, quantize, dequantize, eval; and those of learn/."""
 
 import argparse
 import hashlib
@@ -14,7 +14,7 @@ import tiktoken
 import torch
 
 from . import _kernels, bench, check, evaluate, generate, packed, prepare, train
-from .learn import cost, exercise, look
+from .learn import ablate, cost, exercise, ladder, look
 
 
 def info():
@@ -111,10 +111,12 @@ COMMANDS = {
     "check": ("parity of kernels and formulas, as a table; status 1 if any fails", lambda argv: check.main(argv)),
     "bench": ("speed of formulas, torch and kernels", lambda argv: bench.main(argv)),
     "demo": ("all of it once, in a minute or two; keeps its model in out", without_options("demo", demo)),
+    "ablate": ("variants of GPT-2: which differences are real", lambda argv: ablate.main(argv)),
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
+    "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
     "prepare": ("make shards of tokens of texts of any size", lambda argv: prepare.main(argv)),
-    "train": ("train a model on a text", lambda argv: train.main(argv)),
+    "train": ("train a model on a text; --ops FILE: on functions of your own", lambda argv: train.main(argv)),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),

@@ -36,7 +36,7 @@ def load_tokens(path, tokenizer, block_size):
     """
     train, val = (load_shards if holds_shards(path) else load_text)(path, tokenizer)
     few = min(len(train), len(val))
-    gpt.expect(few > block_size, f"--data has a part of {few} tokens, expected more than --block-size={block_size}")
+    gpt.expect(few > block_size, f"--data gives a part of {few} tokens, expected more than {block_size} in each")
     return train, val
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import sys
+import warnings
 
 import numpy as np
 
@@ -15,9 +17,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="fastgpt eval", description="Loss, perplexity and bits per byte of a text.")
     gpt.add_options(parser, gpt.EvalConfig)
     config = gpt.EvalConfig(**vars(parser.parse_args(argv)))
-    model = gpt.GPT.from_pretrained(config.model, ops).eval()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
+        model = gpt.GPT.from_pretrained(config.model, ops).eval()
     tokenizer = tokenizers.of_model(config.tokenizer, config.model, model.tokenizer)
-    gpt.check_vocabulary(model, tokenizer)
+    gpt.tokenizer_of(model, None, lambda _: tokenizer)  # has no more ids than the model
     _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
     loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
     bits = loss * n / math.log(2) / count_bytes(tokens, tokenizer)

@@ -241,7 +241,9 @@ def write_shards(out, paths, tokenizer, state):
     total = sum(map(os.path.getsize, paths)) if all(map(is_plain, paths)) else 0
     read = sum(known["bytes"] for known in state["inputs"])
     try:
-        for item, ids in ahead(partial(encode, tokenizer), read_pieces(paths, state["jsonl"], state["inputs"][:], state["at"])):
+        for item, ids in ahead(
+            partial(encode, tokenizer), read_pieces(paths, state["jsonl"], state["inputs"][:], state["at"])
+        ):
             if isinstance(item, End):
                 state["inputs"].append(dict(name=state["files"][item.file], bytes=item.offset, crc32=f"{item.crc:08x}"))
                 read += item.offset

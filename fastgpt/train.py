@@ -1,4 +1,4 @@
-"""`fastgpt train`: gpt.py's training on the kernels, where nothing is lost and nothing is silently other.
+"""`fastgpt train`: gpt.py's training on the kernels, where no work is lost and every change is reported.
 
 The steps are gpt.train_step's, in the same order, so losses and weights are those of gpt.py's plain loop, bit for bit.
 Around them: Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; a folder belongs to one run at a
@@ -21,6 +21,7 @@ import gpt
 
 from . import data, ops
 from . import tokenizer as tokenizers
+from .learn import exercise
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 
@@ -111,7 +112,7 @@ def run(typed, ops, interrupts):
         def train(model, optimizer, tokens, val, config, step):
             text = data.describe(tokens, val)
             if before not in (None, text):
-                print(f"the text is another than before: {text} instead of {before}")
+                print(f"the text has changed: {text}, it was {before}")
             if config.warmup > config.steps:
                 print(f"--warmup {config.warmup} is longer than the run, so it is cut to --steps {config.steps}")
             if step >= config.steps:
@@ -158,7 +159,7 @@ def claimed(folder):
     finally:
         os.close(lock)
         with suppress(OSError):
-            os.rmdir(folder)  # if nothing came to be in it
+            os.rmdir(folder)  # if it is empty
 
 
 def remove_leftovers(folder):
@@ -175,10 +176,13 @@ def main(argv=None, ops=ops):
     gpt.add_options(parser, gpt.TrainConfig)
     kinds = ("random", "permutation")
     parser.add_argument("--windows", choices=kinds, help="random, or each once before any repeats (default: random)")
+    parser.add_argument("--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names")
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
     try:
+        if "ops" in typed:
+            ops = exercise.load_ops(typed.pop("ops"))
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
             run(typed, ops, interrupts)

@@ -170,7 +170,7 @@ def test_unknown_instruction_set_is_refused():
         (lambda: gpt.GPTConfig(n_layer=0), "n_layer is 0, expected a positive integer"),
         (lambda: gpt.GPTConfig(dropout=1.0), "dropout is 1.0"),
         (lambda: gpt.GPT(gpt.GPTConfig(n_layer=1), ops=object()), "ops has no layer_norm, gelu, linear, attention, lm_loss"),
-        (lambda: gpt.get_tokenizer("bpe"), "name is 'bpe', expected 'gpt2' or 'bytes'"),
+        (lambda: gpt.get_tokenizer("bpe"), "tokenizer is 'bpe', expected 'gpt2' or 'bytes'"),
         (lambda: gpt.load_text("/nowhere"), "--data is '/nowhere'"),
         (lambda: gpt.GPT.from_pretrained("gtp2"), "'gtp2' is no folder and no model"),
     ],

@@ -1,13 +1,18 @@
 """The project as it is installed, editable or not: what other folders see of it."""
 
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fastgpt
+import fastgpt.__main__
 import gpt
+
+TOP = Path(__file__).parent.parent
 
 
 def test_folders_of_the_same_names_do_not_hide_it(tmp_path):
@@ -26,3 +31,18 @@ def test_gpt_py_needs_nothing_of_the_project(tmp_path):
     code = "import gpt, sys; print(gpt.__file__); assert 'fastgpt' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == str(tmp_path / "gpt.py"), run.stderr
+
+
+def test_the_readmes_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (TOP / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_commands_that_a_page_names_exist(page):
+    named = re.findall(r"(?:^|&& |`)fastgpt ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) <= {*fastgpt.__main__.COMMANDS}
+    if page.name == "README.md":
+        assert "demo" in named

@@ -366,7 +366,9 @@ def test_mapped_shards_train_as_an_array_would(small, ops):
     row = data.Tokens([data.Shard(f"d/train_{i}.bin") for i in range(5)])
     array = row[np.arange(len(row))]
     for seed in range(5):
-        batches = [gpt.random_batch(x, 3, 40, torch.Generator().manual_seed(seed)) for x in (row, array, torch.tensor(array))]
+        batches = [
+            gpt.random_batch(x, 3, 40, torch.Generator().manual_seed(seed)) for x in (row, array, torch.tensor(array))
+        ]
         assert all(torch.equal(a, b) for batch in batches for a, b in zip(batch, batches[0], strict=True))
     model = gpt.GPT(small, ops)
     for n in (510, 481, 482, 45):
@@ -509,7 +511,9 @@ def write_vocabulary(folder, merges, special=("<|endoftext|>",), start=0):
     characters = list(tokenizers.byte_characters())
     names = characters + ["".join(pair) for pair in merges] + list(special)
     Path(folder).mkdir(exist_ok=True)
-    Path(folder, "vocab.json").write_text(json.dumps({name: start + i for i, name in enumerate(names)}), encoding="utf-8")
+    Path(folder, "vocab.json").write_text(
+        json.dumps({name: start + i for i, name in enumerate(names)}), encoding="utf-8"
+    )
     rows = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
     Path(folder, "merges.txt").write_text("\n".join(rows), encoding="utf-8")
     return str(folder)

@@ -375,6 +375,8 @@ def probe(sandbox, name, names):
             f"{file}: {e.function} gives {judge.spell(answer['out'].dtype, answer['out'].shape)}, "
             f"expected {judge.spell(out.dtype, out.shape)}"
         )
+    if lost := e.inputs if answer.get("detached") else answer.get("unused"):
+        raise ValueError(f"{file}: {e.function} lets no gradient through to {', '.join(lost)}, which could not learn")
     return own_backward
 
 
