@@ -194,15 +194,15 @@ class Shard:
         self.path, self.crc32, size = path, 0, os.path.getsize(path)
         gpt.expect(size, f"{expected}: {path} is empty, expected a shard")
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER)[: size // 4 * 4], "<i4")
+            first = np.frombuffer(file.read(HEADER)[: size // 4 * 4], "<i4")
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.headerless = os.path.basename(path) in ("train.bin", "val.bin") and not looks_like_header(header)
+        self.headerless = os.path.basename(path) in ("train.bin", "val.bin") and not looks_like_header(first)
         if self.headerless:
             gpt.expect(size % 2 == 0, f"{expected}: {path} has {size:,} bytes, expected uint16 tokens without a header")
             self.tokens = np.frombuffer(self.map, "<u2")
             return
-        gpt.expect(len(header) == 256, f"{expected}: {path} has {size:,} bytes, expected a shard's header of {HEADER}")
-        magic, version, n = map(int, header[:3])
+        gpt.expect(len(first) == 256, f"{expected}: {path} has {size:,} bytes, expected a shard's header of {HEADER}")
+        magic, version, n = map(int, first[:3])
         known = " or ".join(map(str, FORMATS))
         gpt.expect(magic in FORMATS, f"{expected}: {path} has magic {magic}, expected {known} of a shard of tokens")
         good, dtype = FORMATS[magic]
@@ -226,21 +226,26 @@ class Shard:
         if hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
 
-    def check(self, tokenizer):
-        """Read all of it once, for its checksum and its largest token."""
+    def check(self, tokenizer, told=None):
+        """Read all of it once: is each token one of the tokenizer's, and is all as meta.json told?"""
+        n = told["tokens"] if told else len(self)
+        gpt.expect(len(self) == n, f"--data: {self.path} holds {len(self):,} tokens, expected {n:,} by meta.json")
         top, crc = 0, 0
         for start in range(0, len(self), 1 << 22):
             piece = self.tokens[start : start + (1 << 22)]
             top, crc = max(top, int(piece.max())), zlib.crc32(piece, crc)
             self.release()
+        good, found = told["crc32"] if told else f"{crc:08x}", f"{crc:08x}"
+        damaged = f"--data: {self.path} is damaged: CRC-32 {found}, expected {good} by meta.json"
+        gpt.expect(found == good, damaged)
         V, name = tokenizer.n_vocab, tokenizer.name
         gpt.expect(top < V, f"--data: {self.path} has token {top}, expected less than {V}, of --tokenizer {name}")
         self.crc32 = crc
 
 
-def looks_like_header(header):
-    """A known magic, or the zeros that fill the rest of a header, as no text's tokens do."""
-    return len(header) == 256 and (int(header[0]) in FORMATS or not header[16:].any())
+def looks_like_header(first):
+    """Do the first 256 int32 have a known magic, or the zeros that fill a header, as no text's tokens do?"""
+    return len(first) == 256 and (int(first[0]) in FORMATS or not first[16:].any())
 
 
 def header(n, dtype):
@@ -266,30 +271,19 @@ def starts_as_shard(path):
 
 def load_shards(path, tokenizer):
     """The shards of a folder whose names say val, and all others; or the last tenth of them, if none does."""
-    about, names = read_meta(path), shard_names(path)
-    if "fingerprint" in about:
+    paths, about = find_shards(path)
+    if about:
         same = about["fingerprint"] == tokenizers.fingerprint(tokenizer)
         has = f"--data is {path!r}, made with tokenizer {about['tokenizer']!r}"
         gpt.expect(same, f"{has}, but --tokenizer is {tokenizer.name!r}, which is another")
-    known = {shard["name"]: shard for shard in about.get("shards", [])}
-    shards = []
-    for name in names:
-        shard = Shard(name)
-        shards.append(shard)
-        first = shards[0].tokens.dtype
-        same = shard.tokens.dtype == first
-        gpt.expect(same, f"--data: {name} has {shard.tokens.dtype} tokens, expected {first} as in {names[0]}")
-        if known:
-            told = known[os.path.basename(name)]
-            n = told["tokens"]
-            gpt.expect(len(shard) == n, f"--data: {name} holds {len(shard):,} tokens, expected {n:,} by meta.json")
+    told = {shard["name"]: shard for shard in about.get("shards", [])}
+    shards = [Shard(path) for path in paths]
+    for shard in shards:
+        dtype, first = shard.tokens.dtype, shards[0].tokens.dtype
+        gpt.expect(dtype == first, f"--data: {shard.path} has {dtype} tokens, expected {first} as in {paths[0]}")
     for i, shard in enumerate(shards):
         gpt.progress(f"checking shard {i + 1} of {len(shards)}")
-        shard.check(tokenizer)
-        if known:
-            good = known[os.path.basename(shard.path)]["crc32"]
-            found = f"{shard.crc32:08x}"
-            gpt.expect(found == good, f"--data: {shard.path} is damaged: CRC-32 {found}, expected {good} by meta.json")
+        shard.check(tokenizer, told.get(os.path.basename(shard.path)))
     gpt.progress("")
     val = [shard for shard in shards if re.search(r"(?:^|[_-])val(?:[_.-]|$)", os.path.basename(shard.path))]
     if not val or len(shards) == 1:
@@ -298,18 +292,18 @@ def load_shards(path, tokenizer):
     return Tokens([shard for shard in shards if shard not in val]), Tokens(val)
 
 
-def shard_names(path):
+def find_shards(path):
+    """-> the files of a folder, or the one; and what their meta.json says, if they have one"""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    about = read_meta(folder)
+    listed = [shard["name"] for shard in about.get("shards", [])]
     if not os.path.isdir(path):
-        return [path]
-    about = read_meta(path)
-    names = sorted(name for name in os.listdir(path) if name.endswith(".bin"))
-    if "shards" in about:
-        listed = [shard["name"] for shard in about["shards"]]
-        missing = [name for name in listed if name not in names]
-        gpt.expect(not missing, f"--data is {path!r}, which lacks {missing[:1] and missing[0]} of its meta.json")
-        names = listed
-    gpt.expect(names, f"--data is {path!r}, a folder without shards (.bin), expected some")
-    return [os.path.join(path, name) for name in names]
+        return [path], about if os.path.basename(path) in listed else {}
+    there = sorted(name for name in os.listdir(path) if name.endswith(".bin"))
+    missing = [name for name in listed if name not in there]
+    gpt.expect(not missing, f"--data is {path!r}, which lacks {missing[:1] and missing[0]} of its meta.json")
+    gpt.expect(there, f"--data is {path!r}, a folder without shards (.bin), expected some")
+    return [os.path.join(path, name) for name in listed or there], about
 
 
 def read_meta(path):
@@ -333,15 +327,15 @@ def tokenizer_of(path):
     """What shards were made with: bytes, gpt2 or a folder with vocab.json. None for a text."""
     if not holds_shards(path):
         return None
-    name = read_meta(path).get("tokenizer")
-    if name is None:
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        chars = os.path.exists(os.path.join(folder, "meta.pkl"))
-        gpt.expect(not chars, f"--data is {path!r}, whose meta.pkl has a vocabulary that is not read: type --tokenizer")
-        wide = Shard(shard_names(path)[0]).tokens.itemsize > 2
-        gpt.expect(not wide, f"--data is {path!r}, uint32 tokens of an unknown vocabulary: type --tokenizer FOLDER")
-        name = "gpt2"  # llm.c's magic for GPT-2, and what nanoGPT's headerless shards hold
-    return path if name == tokenizers.FILES[0] else name
+    paths, about = find_shards(path)
+    folder = os.path.dirname(paths[0]) or "."
+    if about:
+        return about["tokenizer"] if about["tokenizer"] != tokenizers.OWN else folder
+    chars = os.path.exists(os.path.join(folder, "meta.pkl"))
+    gpt.expect(not chars, f"--data is {path!r}, whose meta.pkl has a vocabulary that is not read: type --tokenizer")
+    wide = Shard(paths[0]).tokens.itemsize > 2
+    gpt.expect(not wide, f"--data is {path!r}, uint32 tokens of an unknown vocabulary: type --tokenizer FOLDER")
+    return "gpt2"  # llm.c's magic for GPT-2, and what nanoGPT's headerless shards hold
 
 
 def settle_tokenizer(typed, out):

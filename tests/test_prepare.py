@@ -770,6 +770,18 @@ def test_bad_shards_are_refused_before_the_first_step(name, raw, words, capsys, 
     assert not os.path.exists("new")
 
 
+def test_a_shard_alone_is_read_by_the_meta_beside_it():
+    Path("a.txt").write_bytes(TEXT.encode())
+    run("a.txt", "--tokenizer", "bytes", "--out", "d", "--val", "0.2", "--shard-size", "2000")
+    assert data.tokenizer_of("d/train_000000.bin") == data.tokenizer_of("d") == "bytes"
+    train, val = data.load_tokens("d/train_000000.bin", gpt.get_tokenizer("bytes"), 16)
+    assert (len(train), len(val)) == (1440, 160)
+    Path("d/other.bin").write_bytes(shard_bytes(some_tokens(100)))
+    assert data.tokenizer_of("d/other.bin") == "gpt2"
+    os.chdir("d")
+    assert data.tokenizer_of("train_000000.bin") == "bytes"
+
+
 def test_shards_that_do_not_fit_their_meta_are_refused(capsys):
     Path("a.txt").write_bytes(TEXT.encode())
     run("a.txt", "--tokenizer", "bytes", "--out", "d", "--val", "0.2", "--shard-size", "2000")
