@@ -597,6 +597,42 @@ def test_merges_that_tiktoken_would_not_follow_are_refused(merges, words):
     assert "\n" not in str(error.value)
 
 
+def merged_by_list(word, merges):
+    """The pair that stands first in merges.txt, leftmost, until there is none: no ids."""
+    parts, rank = list(word), {pair: i for i, pair in enumerate(merges)}
+    while pairs := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in rank]:
+        i = min(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def test_every_vocabulary_that_is_taken_follows_its_merges():
+    rng, taken, wrong = random.Random(5), 0, 0
+    for _ in range(150):
+        tokens, merges = ["a", "b", "c"], []
+        for _ in range(rng.randint(2, 9)):
+            pair = rng.choice(tokens), rng.choice(tokens)
+            if "".join(pair) not in tokens:
+                tokens.append("".join(pair))
+                merges.append(pair)
+        words = ["".join(rng.choice("abc") for _ in range(rng.randint(1, 12))) for _ in range(60)]
+        try:
+            own = tokenizers.get(write_vocabulary("own", merges))
+        except ValueError as error:
+            assert "do not lead to" in str(error)
+            own = None
+        ids = {bytes([b]): i for i, b in enumerate(tokenizers.byte_characters().values())}
+        ids |= {"".join(pair).encode(): 256 + i for i, pair in enumerate(merges)}
+        encoding = own or tokenizers.tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ids, special_tokens={})
+        same = [[encoding.decode([i]) for i in encoding.encode(word)] == merged_by_list(word, merges) for word in words]
+        if own:
+            taken += 1
+            assert all(same), merges
+        else:
+            wrong += not all(same)
+    assert taken > 30 and wrong > 10  # and what is refused is refused for a reason
+
+
 @pytest.mark.parametrize("what", ("order", "eot", "bytes", "ids", "json", "list"))
 def test_damaged_vocabularies_are_refused(what, vocabulary):
     path = Path(vocabulary, "vocab.json")
