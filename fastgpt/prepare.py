@@ -75,11 +75,12 @@ def main(argv=None):
         files=[os.path.basename(path) for path in args.files],
     )
     with claimed(args.out):
+        state = start(args.out, args.files, settings)
+        if state is None:
+            print(f"nothing to do: {args.out} is whole")
+            return
         try:
-            state = start(args.out, args.files, settings)
-            if state is None:
-                print(f"nothing to do: {args.out} is whole")
-                return
+            save(os.path.join(args.out, "progress.json"), state)
             if own:
                 tokenizers.copy_files(args.tokenizer, args.out)
             write_shards(args.out, args.files, tokenizer, state)
@@ -133,10 +134,11 @@ def start(out, paths, settings):
     there = sorted(os.listdir(out))
     free = not there or os.path.exists(going)
     gpt.expect(free, f"--out is {out!r}, which holds {there[:1] and there[0]}: take an empty folder")
+    for name in there:
+        if name.endswith(".bin"):  # of a first cut that was not over
+            os.remove(os.path.join(out, name))
     at = dict(bytes=0, crc32="00000000", skip=0)
-    state = settings | dict(documents=0, tokens=0, inputs=[], shards=[], at=at)
-    save(going, state)
-    return state
+    return settings | dict(documents=0, tokens=0, inputs=[], shards=[], at=at)
 
 
 def save(path, state):
@@ -144,6 +146,7 @@ def save(path, state):
 
 
 def remove_halves(out):
+    """What a stopped run leaves half written, and, before the first shard, all of it."""
     for name in os.listdir(out):
         if name.endswith((".bin.tmp", ".json.tmp", ".txt.tmp")):
             os.remove(os.path.join(out, name))

@@ -254,6 +254,24 @@ def test_a_killed_run_goes_on_and_a_finished_one_has_nothing_to_do(monkeypatch, 
     assert "nothing to do" in capsys.readouterr().out and content("d") == content("one")
 
 
+def test_a_run_killed_before_the_first_cut_was_over_leaves_nothing_to_the_next(monkeypatch):
+    argv, real = make_inputs(), gpt.write_whole
+
+    def killed(path, write):
+        if path.endswith("train_000000.bin"):
+            raise MemoryError("as if killed")
+        real(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "write_whole", killed)
+        with pytest.raises(MemoryError):
+            run(*argv, "--out", "d")
+    assert "val_000000.bin" in content("d")
+    for out in ("d", "one"):
+        run(*argv, "--out", out, "--val", "0")
+    assert content("d") == content("one")
+
+
 def stop_after(shards, argv):
     real, pytest_patch = prepare.save, pytest.MonkeyPatch()
 
