@@ -23,7 +23,10 @@ def main(argv=None):
     tokenizer = tokenizers.of_model(config.tokenizer, config.model, model.tokenizer)
     gpt.tokenizer_of(model, None, lambda _: tokenizer)  # has no more ids than the model
     _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
-    loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
+    try:
+        loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
+    except RuntimeError as error:
+        raise MemoryError(gpt.one_line(error)) if "allocate" in str(error) else error from error
     bits = loss * n / math.log(2) / count_bytes(tokens, tokenizer)
     print(f"{n:,} tokens: loss {loss:.4f} nats, perplexity {np.exp(loss):.2f}, {bits:.4f} bits per byte")
 

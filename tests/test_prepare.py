@@ -711,6 +711,19 @@ def test_a_folder_s_vocabulary_goes_with_its_shards_and_its_model(vocabulary, ca
     assert not os.path.exists("new")
 
 
+def test_a_pretrained_folder_s_own_files_serve_unless_its_config_or_the_user_names_another(vocabulary):
+    assert tokenizers.of_model(None, vocabulary, None).n_vocab == 317  # as Hugging Face's config has no such name
+    assert tokenizers.of_model(None, vocabulary, "vocab.json").n_vocab == 317
+    assert tokenizers.of_model(None, vocabulary, "bytes").name == "bytes"
+    assert tokenizers.of_model("bytes", vocabulary, None).name == "bytes"
+    assert tokenizers.of_model(vocabulary, "elsewhere", "bytes").n_vocab == 317
+    with pytest.raises(ValueError, match="elsewhere lacks vocab.json and merges.txt"):
+        tokenizers.of_model(None, "elsewhere", "vocab.json")
+    Path(vocabulary, "model.safetensors").write_bytes(b"none")
+    typed = dict(init=vocabulary)
+    assert data.settle_tokenizer(typed, "out") == vocabulary and typed["tokenizer"] == "vocab.json"
+
+
 def test_shards_say_which_tokenizer_a_run_takes(capsys):
     Path("a.txt").write_bytes(TEXT.encode())
     run("a.txt", "--tokenizer", "bytes", "--out", "d", "--val", "0.2", "--shard-size", "1000")
