@@ -26,7 +26,9 @@ def main(argv=None):
     try:
         loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
     except RuntimeError as error:
-        raise MemoryError(gpt.one_line(error)) if "allocate" in str(error) else error from error
+        if "allocate" not in str(error):  # torch's word for too little memory
+            raise
+        raise MemoryError(gpt.one_line(error)) from error
     bits = loss * n / math.log(2) / count_bytes(tokens, tokenizer)
     print(f"{n:,} tokens: loss {loss:.4f} nats, perplexity {np.exp(loss):.2f}, {bits:.4f} bits per byte")
 
