@@ -25,7 +25,8 @@
 //     16 | keys 16 .. 31   |          16 | values, channels 16 .. 31   |
 //        +-----------------+             +-----------------------------+
 //
-// A prompt's many tokens take `prefill`: the same through matmul and attention, in blocks of rows.
+// A prompt's many tokens take `prefill`: the same through matmul and attention, in blocks of rows; with fast_prompts,
+// its products with int8 weights are those of whole numbers (matmul_int8.h), but for the last one, the logits.
 //
 // Compiled once for each instruction set.
 
@@ -258,7 +259,7 @@ inline void prefill(const DecoderModel& m, const DecoderCache& cache, const Deco
     };
     const auto multiply = [&](const PackedMatrix& w, float* from, int64_t rows, float* to, bool add, bool gelu) {
         if (w.packing == Packing::int4) round_rows(from, rows, w.K);
-        matmul_packed(w, from, rows, to, add, gelu);
+        matmul_packed(w, from, rows, to, add, gelu, m.fast_prompts && w.data != m.wte.data);
     };
     for (int64_t l = 0; l < m.n_layer; l++) {
         const DecoderLayer& layer = m.layers[l];

@@ -34,7 +34,7 @@ void unpack(const py::array& packed, const string& dtype, const py::array& out) 
 class Decoder {
   public:
     Decoder(int64_t n_layer, int64_t n_head, int64_t n_embd, int64_t block_size, int64_t vocab_size,
-            const string& dtype, const string& head_dtype, const py::list& tensors)
+            const string& dtype, const string& head_dtype, const py::list& tensors, bool fast_prompts)
         : tensors_(tensors), block_size_(block_size), layers_(size_t(n_layer)) {
         if (n_layer < 1 || n_head < 1 || n_embd < 1 || n_embd % n_head || block_size < 1 || vocab_size < 1)
             throw py::value_error("Decoder: sizes " + spell({n_layer, n_head, n_embd, block_size, vocab_size}) +
@@ -44,7 +44,7 @@ class Decoder {
                                   std::to_string(4 + 12 * n_layer));
         const Packing packing = packing_named(dtype);
         const int64_t C = n_embd, D = C / n_head, padded = (C + 15) / 16 * 16;
-        model_ = {n_layer, C, n_head, vocab_size, {}, nullptr, layers_.data(), nullptr, nullptr};
+        model_ = {n_layer, C, n_head, vocab_size, {}, nullptr, layers_.data(), nullptr, nullptr, fast_prompts};
         model_.wte = matrix(packing_named(head_dtype), vocab_size, C, false);
         model_.wpe = values({block_size, padded});
         for (DecoderLayer& layer : layers_) {
@@ -183,9 +183,10 @@ void bind_decoder(py::module_& m) {
         py::arg("use"),
         "For tests: whether int4 uses the processor's instruction for it, which must be there. -> what was before");
     py::class_<Decoder>(m, "Decoder")
-        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, const string&, const string&, const py::list&>(),
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, const string&, const string&, const py::list&,
+                      bool>(),
              py::arg("n_layer"), py::arg("n_head"), py::arg("n_embd"), py::arg("block_size"), py::arg("vocab_size"),
-             py::arg("dtype"), py::arg("head_dtype"), py::arg("tensors"))
+             py::arg("dtype"), py::arg("head_dtype"), py::arg("tensors"), py::arg("fast_prompts"))
         .def("cache_bytes", &Decoder::cache_bytes, py::arg("dtype"), py::arg("capacity"))
         .def("decode", &Decoder::decode, arg("ids"), arg("slots"), arg("positions"), arg("cache"),
              py::arg("cache_dtype"), py::arg("capacity"), arg("logits"))

@@ -89,6 +89,7 @@ struct DecoderModel {
     const float* wpe; // (block_size, C) and zeros to a multiple of 16
     const DecoderLayer* layers;
     const float *ln_f_weight, *ln_f_bias;
+    bool fast_prompts; // round their activations, too, where that is faster
 };
 
 // Keys and values of `slots` sequences, each up to `capacity` positions, a multiple of 16.

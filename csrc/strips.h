@@ -26,9 +26,8 @@
 // Compiled once for each instruction set.
 
 constexpr int64_t LANES = 16, CELL = 64, GROUP = 32; // rows of a strip; bytes; k that share a scale
-constexpr int64_t ahead_bytes = 4096; // prefetched: several rows of x slow the reads, and then memory's time shows
-constexpr float smallest = 1e-30f;    // magnitude that int4's scales, and those of x, tell from 0
-constexpr int REGISTERS = CELL / vector_bytes; // of a cell
+constexpr float smallest = 1e-30f;                   // magnitude that int4's scales, and those of x, tell from 0
+constexpr int REGISTERS = CELL / vector_bytes;       // of a cell
 
 using words = simd<float>::bits;
 
@@ -57,8 +56,10 @@ struct Activations {
     const int8_t* q = nullptr; // for int4: x = q scale, a scale and the sum of q for each group
     const float* scale = nullptr;
     const float* sum = nullptr;
+    int64_t ahead = 4096; // bytes to prefetch: several rows of x slow the reads, and then memory's time shows
     FASTGPT_INLINE Activations from(int64_t row) const {
-        return {x + row * stride, stride, q + row * stride, scale + row * stride / GROUP, sum + row * stride / GROUP};
+        const int64_t group = row * stride / GROUP;
+        return {x + row * stride, stride, q + row * stride, scale + group, sum + group, ahead};
     }
 };
 
@@ -88,8 +89,8 @@ struct Float32 {
         for (int64_t k = 0; k < K; k += 2, w += 2 * CELL)
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
-                __builtin_prefetch(w + ahead_bytes + r * vector_bytes);
-                __builtin_prefetch(w + ahead_bytes + CELL + r * vector_bytes);
+                __builtin_prefetch(w + a.ahead + r * vector_bytes);
+                __builtin_prefetch(w + a.ahead + CELL + r * vector_bytes);
                 const vec<float> w0 = read<vec<float>>(w + r * vector_bytes);
                 const vec<float> w1 = read<vec<float>>(w + r * vector_bytes + CELL);
 #pragma GCC unroll 8
@@ -136,7 +137,7 @@ struct BFloat16 {
         for (int64_t k = 0; k < K; k += 2, w += CELL)
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
-                __builtin_prefetch(w + ahead_bytes + r * vector_bytes);
+                __builtin_prefetch(w + a.ahead + r * vector_bytes);
                 const words pair = read<words>(w + r * vector_bytes);
                 const vec<float> w0 = as_float(pair << 16), w1 = as_float(pair & 0xFFFF0000u);
 #pragma GCC unroll 8
@@ -153,7 +154,7 @@ struct BFloat16 {
 };
 
 struct Int8 {
-    static constexpr int max_rows = vector_bytes == 64 ? 4 : 1;
+    static constexpr int max_rows = vector_bytes == 64 ? 8 : 1;
     static FASTGPT_INLINE int64_t cells(int64_t K) { return (K + 3) / 4 * CELL; } // bytes; the scales follow
     static FASTGPT_INLINE int64_t bytes(int64_t K) { return cells(K) + CELL; }
     static float scale_of(const float* w, int64_t K) {
@@ -187,28 +188,37 @@ struct Int8 {
         }
     }
     template <int B> static FASTGPT_INLINE void multiply(const char* w, int64_t K, const Activations& a, float* y) {
-        constexpr int chains = vector_bytes == 64 ? 4 : 2; // of additions that need not wait for each other
+        constexpr int chains = 3; // of additions that need not wait for each other: k modulo 3
         vec<float> sums[chains][B][REGISTERS] = {};
-#pragma GCC unroll 2
-        for (int64_t k = 0; k < K; k += 4, w += CELL)
+        const auto add_cell = [&](int64_t k, int phase) FASTGPT_LAMBDA {
+            const char* cell = w + k / 4 * CELL;
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
-                __builtin_prefetch(w + ahead_bytes + r * vector_bytes);
-                const words four = read<words>(w + r * vector_bytes);
+                __builtin_prefetch(cell + a.ahead + r * vector_bytes);
+                const words four = read<words>(cell + r * vector_bytes);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
                     const vec<float> q = to_float(signed_words(four << (24 - 8 * j)) >> 24);
 #pragma GCC unroll 8
-                    for (int b = 0; b < B; b++) sums[j % chains][b][r] += q * broadcast(a.x[b * a.stride + k + j]);
+                    for (int b = 0; b < B; b++)
+                        sums[(phase + j) % chains][b][r] += q * broadcast(a.x[b * a.stride + k + j]);
                 }
             }
+        };
+        int64_t k = 0;
+        for (; k + 8 < K; k += 12) {
+            add_cell(k, 0);
+            add_cell(k + 4, 1);
+            add_cell(k + 8, 2);
+        }
+        if (k < K) add_cell(k, 0);
+        if (k + 4 < K) add_cell(k + 4, 1);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++)
 #pragma GCC unroll 4
             for (int r = 0; r < REGISTERS; r++) {
-                vec<float> sum = sums[0][b][r] + sums[1][b][r];
-                if constexpr (chains == 4) sum += sums[2][b][r] + sums[3][b][r];
-                store(y + b * LANES + r * VL<float>, sum * read<vec<float>>(w + r * vector_bytes));
+                const vec<float> sum = sums[0][b][r] + sums[1][b][r] + sums[2][b][r];
+                store(y + b * LANES + r * VL<float>, sum * read<vec<float>>(w + cells(K) + r * vector_bytes));
             }
     }
 };
@@ -345,7 +355,7 @@ template <class Dot> struct Int4 {
 #pragma GCC unroll 4
                     for (int r = 0; r < REGISTERS; r++) {
                         const char* at = w + (1 + 4 * half + c) * CELL + r * vector_bytes;
-                        __builtin_prefetch(at + ahead_bytes);
+                        __builtin_prefetch(at + a.ahead);
                         const words v = read<words>(at);
                         const words low = v & 0x0F0F0F0Fu, high = v >> 4 & 0x0F0F0F0Fu;
 #pragma GCC unroll 8
@@ -437,15 +447,19 @@ inline void unpack(const PackedMatrix& w, float* to) {
     });
 }
 
-// The products of a strip with n rows of x: y[b * 16 + lane]. As many rows at once as the registers hold.
+// The products of a strip with n rows of x: y[b * 16 + lane]. As many rows at once as the registers hold; the first
+// brings the strip to the cache, the others the next strip.
 template <class Format, int B>
 FASTGPT_NOINLINE void multiply_rows(const char* strip, int64_t K, const Activations& a, float* y) {
     Format::template multiply<B>(strip, K, a, y);
 }
 template <class Format, int B = Format::max_rows>
-FASTGPT_INLINE void multiply_strip(const char* strip, int64_t K, const Activations& a, int64_t n, float* y) {
+FASTGPT_INLINE void multiply_strip(const char* strip, int64_t K, Activations a, int64_t n, float* y) {
     int64_t b = 0;
-    for (; b + B <= n; b += B) multiply_rows<Format, B>(strip, K, a.from(b), y + b * LANES);
+    for (; b + B <= n; b += B) {
+        multiply_rows<Format, B>(strip, K, a.from(b), y + b * LANES);
+        a.ahead = Format::bytes(K);
+    }
     if constexpr (B > 1)
         if (b < n) multiply_strip<Format, B / 2>(strip, K, a.from(b), n - b, y + b * LANES);
 }
@@ -466,11 +480,21 @@ template <class Format> struct FromStrips : Fma<float> {
     }
 };
 
-// y = x w^T + bias for M rows of x (M, K); `add` to what y (M, N) holds; with gelu, y = gelu(x w^T + bias).
-inline void matmul_packed(const PackedMatrix& w, const float* x, int64_t M, float* y, bool add = false,
-                          bool gelu = false) {
+#if defined(__x86_64__) && FASTGPT_VECTOR_BYTES == 64
+#define FASTGPT_INT8_PRODUCTS
+#include "matmul_int8.h"
+#endif
+
+// y = x w^T + bias for M rows of x (M, K); `add` to what y (M, N) holds; with gelu, y = gelu(x w^T + bias). With
+// `rounded`, x may be rounded to int8 where that is faster.
+inline void matmul_packed(const PackedMatrix& w, const float* x, int64_t M, float* y, bool add, bool gelu,
+                          [[maybe_unused]] bool rounded) {
     MatmulArgs<float> p{
         M, w.N, w.K, Rows<const float>::contiguous(x, M, w.K), false, {}, true, y, add, w.bias, gelu ? y : nullptr};
     p.B.data = reinterpret_cast<const float*>(w.data);
+#ifdef FASTGPT_INT8_PRODUCTS
+    if (rounded && w.packing == Packing::int8 && has_dot_products) return matmul<float, Int8Dot>(p);
+#undef FASTGPT_INT8_PRODUCTS
+#endif
     with_format(w.packing, [&](auto format) { matmul<float, FromStrips<decltype(format)>>(p); });
 }

@@ -47,6 +47,7 @@ class Decoder:
         dtype: str,
         head_dtype: str,
         tensors: list[NDArray[Any]],
+        fast_prompts: bool,
     ) -> None: ...
     def cache_bytes(self, dtype: str, capacity: int) -> int: ...
     def decode(

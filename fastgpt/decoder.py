@@ -16,7 +16,9 @@ import torch
 from . import _kernels, packed
 from .packed import expect
 
+FAST_PROMPTS = "with int8 weights: round prompts' activations to int8, too, for products of whole numbers"
 SHORT = 8  # prompts up to this length go through the layers as tokens do, longer ones through the matmul
+MATCHES = (5, 3)  # tokens at a text's end that have occurred before, for a draft of the next ones
 TOGETHER = 4096  # tokens of several prompts that go through the matmul at once
 
 
@@ -27,12 +29,14 @@ class Decoder:
     dtype     of the weights: float32, bfloat16, int8 (a scale for each row) or int4 (a scale for 32 values, wte in
               int8; its products round activations to int8, too). None: what the folder has been packed in, or float32
     kv_dtype  of the cache of keys and values: float32 or bfloat16
+    fast_prompts   with int8 weights, on processors with AVX-512 VNNI: a prompt's activations are rounded to int8, too,
+              with a scale for each 256 channels, for products of whole numbers; tokens after it are computed as ever
 
     The weights are copied: what becomes of the model later does not matter. A token's bits depend on its own text
     alone, neither on other rows of the batch nor on the number of threads. One thread may use a decoder at a time.
     """
 
-    def __init__(self, model, dtype=None, kv_dtype="float32"):
+    def __init__(self, model, dtype=None, kv_dtype="float32", fast_prompts=False):
         expect(kv_dtype in packed.DTYPES[:2], f"Decoder: kv_dtype is {kv_dtype!r}, expected float32 or bfloat16")
         self.packed = packed.load(model, dtype)
         self.config, self.dtype, self.kv_dtype = self.packed.config, self.packed.dtype, kv_dtype
@@ -40,26 +44,31 @@ class Decoder:
         c = self.config
         sizes = c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size
         tensors = list(self.packed.tensors.values())
-        self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors)
+        self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors, bool(fast_prompts))
+        self.fast_prompts = bool(fast_prompts)
         self._lock, self._spare = threading.RLock(), np.empty(0, np.uint8)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, lookup=0):
         """Append max_new_tokens to idx: (B, T) -> (B, T + max_new_tokens), int64, as gpt.py's generate does.
 
         idx has at least one token and at most block_size. Rules, seed and tokens are those of gpt.py's sample.
         """
         with self.alone():
-            new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed))
+            new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, lookup))
         return torch.cat((idx.long(), torch.stack(new, dim=1)), dim=1) if new else idx.long()
 
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, each=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, lookup=0, each=None):
         """The same tokens, one after the other: a generator of max_new_tokens tensors (B,).
 
         It may be left before its end. `each`, if given, is called with each token's logits, an array (B, V) that the
-        next token overwrites, and the tokens (B,).
+        next token overwrites, and the tokens (B,). With `lookup`, for one text (Saxena 2023, "Prompt Lookup
+        Decoding"): where the text ended before as it does now, up to that many tokens that followed then are verified
+        in one pass. The tokens are the same; they come faster where a text repeats itself.
         """
         self._check(idx)
         check_options(max_new_tokens, temperature, top_k, top_p, seed)
+        good = isinstance(lookup, int) and 0 <= lookup <= 64 and (lookup == 0 or len(idx) == 1)
+        expect(good, f"generate: lookup is {lookup} for {len(idx)} texts, expected 0, or at most 64 and one text")
         rng = random.Random(int(torch.randint(2**62, ())) if seed is None else seed)
         prompts = idx.detach().to(torch.int64).numpy()
 
@@ -76,9 +85,10 @@ class Decoder:
                 return
             new = None
             with self.sequences(prompts, max_new_tokens) as sequences:
+                rows = sequences.logits_after_each(lookup)
                 for _ in range(max_new_tokens):
                     with self.alone():
-                        logits = sequences.start() if new is None else sequences.append(new)
+                        logits = rows.send(new)
                         new = draw(logits)
                         if each:
                             each(logits, new)
@@ -144,7 +154,7 @@ class Sequences:
         self.window, self.length = np.zeros((B, min(self.limit, T + new)), np.int64), T
         self.window[:, :T] = prompts
         self.slots, self.logits = np.arange(B), np.empty((B, c.vocab_size), np.float32)
-        self.capacity = packed.padded(self.window.shape[1])
+        self.drafted, self.capacity = self.logits[:0], packed.padded(self.window.shape[1])
         self.memory = self.cache = np.empty((0, 0), np.uint8)
 
     def __enter__(self):
@@ -198,6 +208,44 @@ class Sequences:
         positions = np.full(len(tokens), self.length - 1)
         self._decode(tokens, self.slots, positions, self.logits)
         return self.logits
+
+    def logits_after_each(self, lookup=0):
+        """A generator of logits (B, V): of the prompts, then of the tokens (B,) that are sent to it."""
+        new = yield self.start()
+        while True:
+            draft = self._draft(new, lookup)
+            if not len(draft):
+                new = yield self.append(new)
+                continue
+            logits = self.extend([*new, *draft])
+            for i in range(len(logits)):
+                new = yield logits[i : i + 1]
+                if i == len(draft) or new[0] != draft[i]:
+                    self.length -= len(draft) - i  # what follows in the cache is overwritten before it is read
+                    break
+
+    def _draft(self, new, most):
+        """What followed where the text ended before as it does with `new` now: at most `most` tokens."""
+        most = min(most, self.window.shape[1] - self.length - 1)
+        if most > 0:
+            text = np.append(self.window[0, : self.length], new)
+            for n in MATCHES:
+                ends = np.lib.stride_tricks.sliding_window_view(text[:-1], n) if len(text) > n else text[:0, None]
+                found = np.flatnonzero((ends == text[-n:]).all(1)) + n  # where it went on
+                if len(found):
+                    whole = found[found + most <= len(text)]  # if it can be, not cut short by the end
+                    return text[whole[-1] if len(whole) else found[0] :][:most]
+        return ()
+
+    def extend(self, tokens):
+        """Several tokens more for the only text. -> logits (n, V) after each"""
+        n, T = len(tokens), self.length
+        if n > len(self.drafted):
+            self.drafted = np.empty((n, self.logits.shape[1]), np.float32)
+        self.window[0, T : T + n] = tokens
+        self.length += n
+        self._decode(self.window[0, T : T + n], np.zeros(n, np.int64), np.arange(T, T + n), self.drafted[:n])
+        return self.drafted[:n]
 
     def _decode(self, ids, slots, positions, logits):
         ids = np.ascontiguousarray(ids)

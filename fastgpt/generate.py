@@ -2,16 +2,18 @@
 
 import argparse
 import codecs
-import math
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+import gpt
+
 from . import _kernels, packed
 from . import tokenizer as tokenizers
-from .decoder import Decoder
+from .decoder import FAST_PROMPTS, Decoder
 from .packed import expect
 
 
@@ -59,58 +61,46 @@ def read_limit():
     return sorted(speeds)[2]
 
 
+@dataclass
+class GenerateConfig(gpt.GenerateConfig):
+    """continue a prompt"""
+
+    model: str = gpt.option("out", "folder with a checkpoint or packed weights, or gpt2, gpt2-medium, ...")
+    dtype: str | None = gpt.option(
+        None,
+        f"of the weights: {', '.join(packed.DTYPES)}; float32 if not packed",
+        f"dtype in {packed.DTYPES}",
+    )
+    kv_dtype: str = gpt.option("float32", "of keys and values: float32 or bfloat16", f"kv_dtype in {packed.DTYPES[:2]}")
+    lookup: int = gpt.option(
+        0, "for text that repeats itself: try N tokens that followed where it ended so before", "0 <= lookup <= 64"
+    )
+
+
 def make_parser():
     parser = argparse.ArgumentParser(prog="fastgpt generate", description="Continue a prompt.")
-
-    def add(name, default, kind, help):
-        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-        text = help + ("" if default is None else f" (default: {default!r})")
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
-
-    add("model", "out", str, "folder with a checkpoint or packed weights, or gpt2, gpt2-medium, ...")
-    add("tokenizer", None, str, "bytes, gpt2 or a folder with vocab.json and merges.txt, if the model names none")
-    add("prompt", "\n", str, "text to continue")
-    add("max-new-tokens", 200, int, "tokens to add")
-    add("samples", 1, int, "continuations to draw")
-    add("temperature", 0.8, float, "0 takes the most likely token each time")
-    add("top-k", 200, int, "draw from the N most likely tokens")
-    add("top-p", None, float, "draw from the fewest tokens with a probability of X together")
-    add("seed", None, int, "for the same sample again")
-    add("dtype", None, str, f"of the weights: {', '.join(packed.DTYPES)}; by default float32, or as they are packed")
-    add("kv-dtype", "float32", str, "of keys and values: float32 or bfloat16")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--logprobs", action="store_true", help="log probability of each token, on stderr")
+    parser.add_argument("--fast-prompts", action="store_true", help=FAST_PROMPTS)
     parser.add_argument("--stats", action="store_true", help="speeds and what limits them, on stderr")
+    gpt.add_options(parser, GenerateConfig)
     return parser
 
 
-def check(args):
-    """In gpt.py's words."""
-    for name, good, expected in (
-        ("max-new-tokens", 1 <= args.max_new_tokens <= 10**9, "1 <= max_new_tokens <= 1_000_000_000"),
-        ("samples", 1 <= args.samples <= 100_000, "1 <= samples <= 100_000"),
-        ("temperature", 0 <= args.temperature < math.inf, "0 <= temperature < inf"),
-        ("top-k", 1 <= args.top_k <= 10**9, "1 <= top_k <= 1_000_000_000"),
-        ("top-p", args.top_p is None or 0 < args.top_p <= 1, "0 < top_p <= 1"),
-        ("dtype", args.dtype in (None, *packed.DTYPES), " or ".join(packed.DTYPES)),
-        ("kv-dtype", args.kv_dtype in packed.DTYPES[:2], " or ".join(packed.DTYPES[:2])),
-        ("stop", all(args.stop), "at least one character"),
-    ):
-        value = getattr(args, name.replace("-", "_"))
-        expect(good, f"--{name} is {value!r}, expected {expected}")
-
-
 def main(argv=None):
-    args = make_parser().parse_args(argv)
-    check(args)
-    decoder = Decoder(args.model, args.dtype, args.kv_dtype)
-    tokenizer = tokenizers.of_model(args.tokenizer, args.model, decoder.tokenizer)
-    n, V, limit = tokenizer.n_vocab, decoder.config.vocab_size, decoder.config.block_size
-    expect(n <= V, f"--tokenizer {tokenizer.name} has {n} ids, expected at most the model's {V}")
+    typed = vars(make_parser().parse_args(argv))
+    names = "stop", "logprobs", "stats", "fast_prompts"
+    stops, show_logprobs, show_stats, fast_prompts = (typed.pop(name) for name in names)
+    args = GenerateConfig(**typed)
+    expect(all(stops), "--stop is '', expected at least one character")
+    expect(not args.lookup or args.samples == 1, f"--samples is {args.samples} with --lookup, expected 1")
+    decoder = Decoder(args.model, args.dtype, args.kv_dtype, fast_prompts)
+    tokenizer = tokenizers.of_model(decoder, args.model, args.tokenizer)
+    limit = decoder.config.block_size
     start = tokenizer.encode(args.prompt, allowed_special="all") or [tokenizer.eot_token]
     expect(len(start) <= limit, f"--prompt has {len(start)} tokens, expected at most the model's {limit}")
 
-    texts, logprobs = [Text(args.stop) for _ in range(args.samples)], [[] for _ in range(args.samples)]
+    texts, logprobs = [Text(stops) for _ in range(args.samples)], [[] for _ in range(args.samples)]
 
     def keep(logits, new):
         shown = torch.log_softmax(torch.from_numpy(logits), -1)
@@ -123,8 +113,8 @@ def main(argv=None):
         print(prompt, end="", flush=True)
     times = [time.perf_counter()]
     idx = torch.tensor([start] * args.samples)
-    options = args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed
-    stream = decoder.stream(idx, *options, each=keep if args.logprobs else None)
+    options = args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.lookup
+    stream = decoder.stream(idx, *options, each=keep if show_logprobs else None)
     for new in stream:
         times.append(time.perf_counter())
         for text, token in zip(texts, new.tolist(), strict=True):
@@ -144,21 +134,21 @@ def main(argv=None):
             print(f"{f'{i} ' if not one else ''}{logprob:9.4f} {token_bytes(tokenizer, token)!r}", file=sys.stderr)
     made = len(times) - 1
     print(f"[{args.samples * made / (times[-1] - times[0]):,.1f} tokens/s]", file=sys.stderr)
-    if args.stats:
-        stats(decoder, args.samples, len(start), times)
+    if show_stats:
+        stats(decoder, args.samples, len(start), times, args.lookup)
 
 
-def stats(decoder, B, T, times):
+def stats(decoder, B, T, times, lookup):
     """Lines on stderr."""
     made, limit = len(times) - 1, decoder.config.block_size
     prefill, slid = times[1] - times[0], max(0, T + made - 1 - limit)
     print(f"prefill: {T} tokens, once for all samples: {T / prefill:,.1f} tokens/s", file=sys.stderr)
     if made - 1 - slid > 0:
         seconds = (times[made - slid] - times[1]) / (made - 1 - slid)
-        size = decoder.token_bytes(T + (made - slid) // 2) / 1e9
-        share = f"; {size / seconds:.1f} GB/s of weights, keys and values" if B == 1 else ""
-        if B == 1:
+        size, share = decoder.token_bytes(T + (made - slid) // 2) / 1e9, ""
+        if B == 1 and not lookup:  # then each token reads all weights
             speed = read_limit()
+            share = f"; {size / seconds:.1f} GB/s of weights, keys and values"
             share += f", {size / seconds / speed:.0%} of the {speed:.1f} at which memory is read now"
         print(f"decode: {B / seconds:,.1f} tokens/s in {decoder.dtype}{share}", file=sys.stderr)
     if slid:

@@ -30,13 +30,13 @@ def get(name):
     return from_files(name)
 
 
-def of_model(typed, folder, said):
-    """The tokenizer of a model: what is typed, else what its config says, else its own files, else GPT-2's."""
-    own = has_files(folder)
+def of_model(model, folder, typed=None):
+    """A model's tokenizer: what is typed, else what its config says, else its folder's own files, else GPT-2's."""
+    own, said = has_files(folder), model.tokenizer
     lacks = f"{folder} lacks {' and '.join(FILES)}, which its config names as its tokenizer"
     gpt.expect(own or typed or said != OWN, lacks)
     name = typed or (said if said != OWN else None) or (folder if own else "gpt2")
-    return get(name)
+    return gpt.tokenizer_of(model, name, get)
 
 
 def has_files(folder):

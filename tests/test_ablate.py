@@ -310,7 +310,7 @@ def test_the_loss_after_a_window_is_that_of_its_last_byte():
 @pytest.mark.slow
 def test_without_a_mask_the_loss_collapses_and_what_comes_after_the_window_stays_unknown(tmp_path, capsys):
     path = tmp_path / "a.json"
-    sizes = ["--n-layer", "2", "--n-embd", "64", "--block-size", "32", "--steps", "300", "--seeds", "1"]
+    sizes = "--n-layer 1 --n-embd 64 --block-size 16 --batch-size 32 --lr 5e-3 --steps 200 --seeds 1".split()
     assert main(["ablate", "--only", "no-mask", "--json", str(path), *sizes]) == 0
     runs = {name: run["seeds"]["1337"] for name, run in json.loads(path.read_text())["runs"].items()}
     assert runs["no-mask"]["loss"] < 0.5 * runs["gpt2"]["loss"]
@@ -431,8 +431,7 @@ def test_another_variant_is_a_function_under_a_decorator(tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_files_stay_as_they_are(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train, val = gpt.load_tokens(None, trials.TOKENIZER, 16)
-    config = gpt.TrainConfig(n_layer=1, n_embd=16, block_size=16, steps=9)
-    settings = {name: getattr(config, name) for name in (*trials.OPTIONS, "steps")}
+    settings = trials.OPTIONS | dict(n_layer=1, n_embd=16, block_size=16, steps=9)
     text = f"{len(train) + len(val)} bytes with CRC-32 {zlib.crc32(val, zlib.crc32(train)):08x}"
     half = dict(settings=settings, runs=dict(gpt2=dict(code="", time=None, seeds={"1": dict(parameters=3)})))
     other = dict(settings=dict(text=text) | settings, runs={})

@@ -74,6 +74,40 @@ def test_right_answers_in_cpp_pass(isa):
     assert text.count("Right: ") == len(EXERCISES) and text.count("its own backward") == len(FORMULAS)
 
 
+@pytest.mark.slow
+def test_a_file_answers_what_it_defines_and_nothing_else(tmp_path):
+    """A method, a helper, a call or what comes from torch has an exercise's name, too."""
+    cache = "import math\nimport torch\nfrom torch.nn.functional import gelu\n" + CACHE.format(INIT, APPEND, "S - T")
+    right, text = check_file(written(tmp_path, cache))
+    assert right and text.count("mine.py: ") == 1 and "kv-cache" in text
+    assert exercise.defined(written(tmp_path, "try:\n    from other import gelu\nexcept ImportError: pass\n"))[0] == [
+        "gelu"
+    ]
+
+
+@compiler
+@pytest.mark.slow
+def test_a_fused_function_with_helpers_in_cpp_passes(tmp_path):
+    right, text = check_file(written(tmp_path, FUSED, "mine.cpp"))
+    assert right and text.count("mine.cpp: ") == 1
+
+
+FUSED = """#include <cmath>
+#include <cstdint>
+static float gelu(float u) { return u / 2 * (1 + std::tanh(0.7978845608f * (u + 0.044715f * u * u * u))); }
+static void linear(float* y, int64_t n) { y[n] = gelu(y[n]); }
+extern "C" {
+void linear_gelu(const float* x, const float* weight, const float* bias, float* out, int64_t M, int64_t N, int64_t K) {
+    for (int64_t i = 0; i < M * N; i++) {
+        out[i] = bias ? bias[i % N] : 0;
+        for (int64_t k = 0; k < K; k++) out[i] += x[i / N * K + k] * weight[i % N * K + k];
+        linear(out, i);  // gelu
+    }
+}
+}
+"""
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_formula_itself_and_torchs_own_function_pass(name):
     from fastgpt import bench
@@ -82,7 +116,12 @@ def test_the_formula_itself_and_torchs_own_function_pass(name):
     verdict = exercise.judge_exercise(Inside(**{e.function: getattr(gpt, name)}), name, set())
     assert verdict.ok and f"gpt.{name}" in verdict.notes[0] and "borrowed" in verdict.notes[0]
     if name != "linear_gelu":  # without a bias too
-        assert exercise.judge_exercise(Inside(**{e.function: getattr(bench.TORCH, name)}), name, set()).ok
+        own = getattr(bench.TORCH, name) if name != "layer_norm" else torch_layer_norm
+        assert exercise.judge_exercise(Inside(**{e.function: own}), name, set()).ok
+
+
+def torch_layer_norm(x, weight, bias, eps=1e-5):
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 # ------------------------------------------------------------------------------------------------ known mistakes
@@ -158,6 +197,33 @@ class KVCache:
         att = att.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril({}), float('-inf'))
         return (torch.softmax(att, -1) @ self.v).transpose(1, 2).reshape(B, T, C)
 """
+BACKWARD = """
+def gelu(x): return F.gelu(x, approximate='tanh')
+def gelu_backward(dout, x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = gelu(x)
+"""
+NORM_BACKWARD = """
+def layer_norm(x, weight, bias, eps=1e-5): return F.layer_norm(x, weight.shape, weight, bias, eps)
+def layer_norm_backward(dout, x, weight, bias, eps=1e-5):
+    h, g, rows = layer_norm(x, 0 * weight + 1, 0 * bias, eps), dout * weight, tuple(range(x.dim() - 1))
+    return {}, (dout * h).sum(rows), dout.sum(rows)
+"""
+SAMPLE = """
+def sample(logits, temperature, top_k, top_p, rng):
+    ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
+    if temperature == 0: return tokens[:, :1]
+    probs = ((ordered[:, :top_k] - ordered[:, :1]) / temperature).softmax(-1)
+    picked = []
+    for p, token in zip(probs.tolist(), tokens.tolist()):
+        u, total, left = rng.random(), 0.0, [q for i, q in enumerate(p) if top_p is None or sum(p[:i]) < top_p]
+        for q, t in zip(left, token):
+            total += q
+            if total > u: break
+        picked.append([t])
+    return torch.tensor(picked)
+"""
 INIT = "def __init__(self): self.k = self.v = None"
 APPEND = (
     "self.k = k if self.k is None else torch.cat((self.k, k), 2); "
@@ -206,6 +272,15 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
     "mask from 0": ("kv-cache", CACHE.format(INIT, APPEND, "0"), "takes the new queries for positions 0, 1"),
     "cache of the piece alone": ("kv-cache", CACHE.format(INIT, "self.k, self.v = k, v", "S - T"), "the past is forgotten"),
     "multinomial": ("sampling", "def sample(logits, temperature, top_k, top_p, rng):\n    if temperature == 0: return logits.argmax(-1, keepdim=True)\n    return torch.multinomial(torch.softmax(logits / temperature, -1), 1)", "rng is not used"),
+    "eps of its own": ("layer_norm", "def layer_norm(x, w, b, eps=1e-5): return F.layer_norm(x, w.shape, w, b, 1e-5)", "eps is the argument of this name"),
+    "dout left out": ("gelu", BACKWARD + "        return torch.autograd.grad(y.sum(), x)[0]", "dout is not used"),
+    "another backward": ("gelu", BACKWARD + "        return dout * (x > 0)", "in the backward alone: dx is the gradient of another formula (this is ReLU, not GELU)"),
+    "not divided in the backward": ("layer_norm", NORM_BACKWARD.format("(g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))"), "dx is not divided by sqrt(variance + eps)"),
+    "scores of one head": ("attention", ATTENTION.format(MASKED + "\n    att = att.softmax(-1)[:, :1]"), "wrong from column 16 on, of 32"),
+    "values not reached": ("attention", ATTENTION.format(MASKED + "\n    att = att.softmax(-1); v = v.detach()"), "dv is zero"),
+    "no zeros": ("lm_loss", LOSS.format("return F.cross_entropy(logits.flatten(0, -2), targets.flatten().clamp(min=0), ignore_index=0)"), "a target of 0 does not count"),
+    "ReLU": ("linear_gelu", "def linear_gelu(x, w, b=None): return torch.relu(F.linear(x, w, b))", "this is ReLU"),
+    "not multiplied by what is left": ("sampling", SAMPLE, "not multiplied by the sum that is left"),
     # not in the dictionary: none may pass, and what is seen is told
     "columns from 64 on": ("linear", "def linear(x, w, b=None):\n    y = F.linear(x, w, b)\n    return torch.cat((y[..., :64], y[..., 64:] * 1.001), -1)", "wrong from column 64 on, of 257"),
     "last row": ("gelu", "def gelu(x):\n    y = F.gelu(x, approximate='tanh')\n    y = y.clone()\n    y[..., -1:, :] *= 0.5 if y.dim() > 1 else 1\n    return y", "only the last row is wrong"),
@@ -215,6 +290,17 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
     "a copy": ("gelu", "def gelu(x): return x + 0", "a copy"),
     "constants": ("gelu", "def gelu(x): return 0 * x + 0.5", "all numbers are the same"),
     "NaN": ("attention", "def attention(qkv, n_head): return qkv.chunk(3, -1)[0] * math.nan", "all numbers are NaN"),
+    "kept from the last call": ("gelu", "kept = {}\ndef gelu(x): return kept.setdefault(x.shape, F.gelu(x, approximate='tanh'))", "wrong in 2x64 again, other numbers"),
+    "bfloat16": ("linear", "def linear(x, w, b=None): return F.linear(x.bfloat16(), w.bfloat16(), None if b is None else b.bfloat16()).float()", "numbers of lower precision"),
+    "log of p + 1e-8": ("lm_loss", LOSS.format("t = targets.flatten(); k = t != -1; return -(logits.flatten(0, -2).softmax(-1)[k, t[k]] + 1e-8).log().mean()"), "nearly right"),
+    "smoothed labels": ("lm_loss", LOSS.format("return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, label_smoothing=0.1)"), "times the right one"),
+    "clamped": ("gelu", "def gelu(x): return F.gelu(x.clamp(-8, 8), approximate='tanh')", "11 of 3120 numbers"),
+    "a sink": ("attention", ATTENTION.format(MASKED + "\n    att = torch.cat((att, torch.zeros(B, n_head, T, 1)), -1).softmax(-1)[..., :-1]"), "each row is the right one times a factor of its own"),
+    "a window": ("attention", ATTENTION.format(MASKED + "\n    att = att.masked_fill(torch.ones(T, T).tril(-64) == 1, -math.inf).softmax(-1)"), "wrong from row 64 on, of 130"),
+    "rounded": ("linear", "def linear(x, w, b=None):\n    y = F.linear(x, w, b)\n    return y + ((y * 1e4).round() / 1e4 - y).detach()", "numbers of lower precision"),
+    "begun anew": ("kv-cache", CACHE.format(INIT, "self.k, self.v = (self.k, self.v) if T == 1 else (None, None); " + APPEND, "S - T"), "wrong from row 64 on, of 70"),
+    "window of 128": ("kv-cache", CACHE.format(INIT, APPEND + "; self.k, self.v = self.k[:, :, -128:], self.v[:, :, -128:]", "S - T"), "260 positions"),
+    "never quite greedy": ("sampling", "import gpt\ndef sample(logits, t, k, p, rng): return gpt.sample(logits, max(t, 1e-3), k, p, rng)", "only where temperature is 0, there always"),
     "reversed": ("gelu", "def gelu(x): return F.gelu(x.flip(-1), approximate='tanh')", "columns in the opposite order"),
     "mask for long texts": ("attention", ATTENTION.format(MASKED + "\n    att = att.softmax(-1) if T <= 128 else att.softmax(-1) * (torch.arange(T) >= T - 128)"), "wrong in 1x130x1x20; 1x257x1x8"),
     "window": ("kv-cache", CACHE.format(INIT, APPEND + "; self.k, self.v = self.k[:, :, -64:], self.v[:, :, -64:]", "S - T"), "70 positions"),
@@ -335,6 +421,7 @@ CPP = {
     "an error": ("return x;", "does not compile: line 6: "),
     "what was there": ("for (int64_t i = 0; i < n; i++) { const float y = out[i]; " + GOOD + " out[i] += y; }", "adds to what was in there"),
     "the last one left": ("for (int64_t i = 0; i + 1 < n || i + n == 1; i++) " + GOOD, "never written: 1 of 128 numbers of out"),
+    "of a small array nothing": ("for (int64_t i = 0; i < n / 4 * 4; i++) " + GOOD, "never written: 1 of 1 numbers of out"),
     "nothing": ("(void)x; (void)out; (void)n;", "gelu is not written yet"),
 }  # fmt: skip
 
@@ -361,6 +448,8 @@ def test_other_arguments_and_a_missing_compiler_are_told(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="mine.cpp: does not compile: line 1: .*arguments must be those"):
         check_file(path)
+    right, text = check_file(written(tmp_path, "void gelu(const float*, float*, int) {}\n", "mine.cpp"))
+    assert not right and 'there is no extern "C" void gelu(const float* x, float* out, int64_t n)' in text
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="no C\\+\\+ compiler: CXX is 'no-such-compiler'"):
         check_file(path)
@@ -418,7 +507,7 @@ def test_hints_come_one_by_one_and_stay_readable(tmp_path, monkeypatch):
     for i, text in enumerate(hints, 1):
         lines = exercise.hint(path)
         assert lines[0] == f"Hint gelu {i} of {len(hints)}:" and " ".join(lines[1:]).startswith(text[:60])
-    assert "That were all hints" in exercise.hint(path)[0]
+    assert "That was the last hint" in exercise.hint(path)[0]
     kept = Path("my_gelu.py.hints.txt").read_text(encoding="utf-8")
     assert kept.count("gelu ") >= len(hints) and "of 5" in kept
 

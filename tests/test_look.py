@@ -353,6 +353,50 @@ def test_models_that_do_not_fit_are_refused(monkeypatch):
         look.look(random_model(), "a" * (fits + 1), "bytes")
 
 
+# ------------------------------------------------------------------------------------------- A model that learned
+
+
+def test_the_text_that_repeats_can_be_told_only_by_looking_back():
+    """In each paragraph a letter is followed by one other, but for jumps; in the whole text by any other alike."""
+    text, n = look.repeats(400 * look.PARAGRAPH, seed=0), look.PARAGRAPH
+    followed = np.array([[text.count(a + b) for b in look.LETTERS] for a in look.LETTERS])
+    shares = followed / followed.sum(1, keepdims=True)
+    assert len(set(look.LETTERS)) == 8 and 0.07 < shares[~np.eye(8, dtype=bool)].min()
+    assert shares[~np.eye(8, dtype=bool)].max() < 0.2 and shares.diagonal().max() < 0.04
+    for i in range(0, len(text), n):
+        part = text[i : i + n]
+        assert all(max(part.count(a + b) for b in look.LETTERS) > 0.5 * part[:-1].count(a) for a in look.LETTERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", (1, 2, 3))
+def test_induction_heads_appear_on_text_that_repeats(tmp_path, seed):
+    """None before; then one of layer 1, which needs layer 0 to tell each position what stood before it."""
+    model = look.train_on_repeats(str(tmp_path), seed, steps=600, every=600)
+    text = look.repeats(48, seed=0)
+    before, after = look.look(str(tmp_path), text).numbers["checkpoints"]
+    assert not any(head["mark"] == "induction" or head["induction"] > 0.2 for head in before["heads"])
+
+    induction = max(after["heads"], key=lambda head: head["induction"])
+    assert induction["mark"] == "induction" and induction["induction"] > 0.5 and induction["layer"] == 1
+    previous = max(after["heads"], key=lambda head: head["previous"])
+    assert previous["layer"] == 0 and previous["previous"] > 0.25 > 2 * before["heads"][0]["previous"]
+    assert previous["cost"] > 0.05 and induction["cost"] > 0.3 and np.mean(after["loss"]) < math.log(8) - 0.7
+
+    tokens = torch.tensor(gpt.get_tokenizer("bytes").encode(text))
+    pattern = look.patterns(tokens)["induction"]
+    with torch.no_grad(), look.switched_off(model, "attention", 0):
+        scores = look.score(look.trace(model, tokens[None]).weights[1], pattern)
+    assert scores[induction["head"]] < 0.25
+
+    generator = torch.Generator().manual_seed(0)  # rings of six, where all text in training goes round eight:
+    rings = torch.stack([torch.randperm(8, generator=generator)[:6] for _ in range(200)]) + ord("a")
+    idx = rings.repeat(1, 3)  # no distance that was learned by heart helps
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(idx[:, :-1]).mT, idx[:, 1:], reduction="none").mean(0)
+    assert loss[:5].mean() > 1.5 and loss[-6:].mean() < 0.7
+
+
 # ------------------------------------------------------------------------------------------------- The command
 
 

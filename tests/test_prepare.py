@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -712,13 +713,18 @@ def test_a_folder_s_vocabulary_goes_with_its_shards_and_its_model(vocabulary, ca
 
 
 def test_a_pretrained_folder_s_own_files_serve_unless_its_config_or_the_user_names_another(vocabulary):
-    assert tokenizers.of_model(None, vocabulary, None).n_vocab == 317  # as Hugging Face's config has no such name
-    assert tokenizers.of_model(None, vocabulary, "vocab.json").n_vocab == 317
-    assert tokenizers.of_model(None, vocabulary, "bytes").name == "bytes"
-    assert tokenizers.of_model("bytes", vocabulary, None).name == "bytes"
-    assert tokenizers.of_model(vocabulary, "elsewhere", "bytes").n_vocab == 317
+    def of_model(typed, folder, said, V=317):
+        return tokenizers.of_model(SimpleNamespace(tokenizer=said, config=SimpleNamespace(vocab_size=V)), folder, typed)
+
+    assert of_model(None, vocabulary, None).n_vocab == 317  # as Hugging Face's config has no such name
+    assert of_model(None, vocabulary, "vocab.json").n_vocab == 317
+    assert of_model(None, vocabulary, "bytes").name == "bytes"
+    assert of_model("bytes", vocabulary, None).name == "bytes"
+    assert of_model(vocabulary, "elsewhere", "bytes").n_vocab == 317
     with pytest.raises(ValueError, match="elsewhere lacks vocab.json and merges.txt"):
-        tokenizers.of_model(None, "elsewhere", "vocab.json")
+        of_model(None, "elsewhere", "vocab.json")
+    with pytest.raises(ValueError, match="has 317 ids, the model only 316"):
+        of_model(None, vocabulary, None, 316)
     Path(vocabulary, "model.safetensors").write_bytes(b"none")
     typed = dict(init=vocabulary)
     assert data.settle_tokenizer(typed, "out") == vocabulary and typed["tokenizer"] == "vocab.json"

@@ -11,7 +11,7 @@ import torch
 
 import gpt
 
-from .. import bench, ops
+from .. import bench, data, ops
 from . import experiment, ladder
 from .ladder import CONFIG, RUNGS, LearnedPairs, Pretrained, Uniform
 
@@ -45,14 +45,15 @@ def difference(one, other):
 
 def nats_a_byte(model, path):
     """Validation loss on the text's last tenth. For bytes, nats a token are nats a byte."""
-    _, val = gpt.load_tokens(path, model.tokenizer, model.config.block_size)
+    _, val = data.load_tokens(path, model.tokenizer, model.config.block_size)
     n_bytes = len(model.tokenizer.decode_bytes(val[1:].tolist()))
     return experiment.val_loss(model, val) * (len(val) - 1) / n_bytes
 
 
 def fitted(number, args, tokens, steps, seed, title):
     """A rung that has learned from `tokens`. -> the model, seconds"""
-    config = gpt.TrainConfig(steps=steps, seed=gpt.TrainConfig.seed + seed)  # the first as in `fastgpt train`
+    seed += gpt.TrainConfig.seed  # the first is that of `fastgpt train`
+    config = gpt.TrainConfig(steps=steps, seed=seed, batch_size=args.batch_size)
     torch.manual_seed(config.seed)
     if RUNGS[number] is Pretrained:
         model = Pretrained.load(args.pretrained, ops)
@@ -65,7 +66,7 @@ def fitted(number, args, tokens, steps, seed, title):
 
 def measure(number, args):
     """Train a rung with every seed, and once more on strings that repeat. -> its row of the table"""
-    tokens, _ = gpt.load_tokens(args.data, Uniform.tokenizer, args.block_size)
+    tokens, _ = data.load_tokens(args.data, Uniform.tokenizer, args.block_size)
     learns = issubclass(RUNGS[number], LearnedPairs) and RUNGS[number] is not Pretrained
     seeds = range(args.seeds if learns else 1)
     runs = [fitted(number, args, tokens, args.steps, seed, f", seed {seed + 1}") for seed in seeds]
@@ -147,6 +148,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=count, default=500, metavar="N", help="of training (default: %(default)s)")
     parser.add_argument("--seeds", type=count, default=2, metavar="N", help="runs of each (default: %(default)s)")
     parser.add_argument("--block-size", type=count, default=64, metavar="T", help="bytes in a window, 128 in rung 11")
+    parser.add_argument("--batch-size", type=count, default=12, metavar="B", help="windows in a batch (default: 12)")
     parser.add_argument("--pretrained", metavar="MODEL", help="rung 12: a folder, gpt2, gpt2-medium, ...")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the losses here")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, after every rung")
@@ -154,7 +156,7 @@ def main(argv=None):
     numbers = [known(text) for text in args.rungs]
     if numbers:
         if len(numbers) != 2 or args.only:
-            raise ValueError(f"{len(numbers)} rungs given, expected two to compare, or --only to train some")
+            raise ValueError(f"RUNG is {' '.join(args.rungs)}, expected two to compare, or --only to train some")
         print("\n".join(difference(*numbers)))
         return
     only = [known(text.strip()) for text in args.only.split(",")] if args.only else range(len(RUNGS))
@@ -168,7 +170,7 @@ def climb(numbers, args):
     experiment.try_files(args.json, args.plot)
     if 12 in numbers:
         Pretrained.load(args.pretrained, ops)  # is it there?
-    tokens, _ = gpt.load_tokens(args.data, Uniform.tokenizer, max(args.block_size, 128 if 11 in numbers else 1))
+    tokens, _ = data.load_tokens(args.data, Uniform.tokenizer, max(args.block_size, 128 if 11 in numbers else 1))
     if len(tokens) > MOST and any(RUNGS[number].fit is ladder.ByteCounts.fit for number in numbers):
         raise ValueError(
             f"--data has {len(tokens):,} bytes to train on, expected at most {MOST:,}: counting takes memory"
@@ -181,7 +183,7 @@ def climb(numbers, args):
         rows.append(measure(number, args))
         show(rows[-1])
         if args.json:
-            settings = dict(data=args.data, steps=args.steps, seeds=args.seeds, block_size=args.block_size)
+            settings = {name: getattr(args, name) for name in ("data", "steps", "seeds", "block_size", "batch_size")}
             experiment.write_json(args.json, dict(about=bench.about(), settings=settings, rows=rows))
     print("\n".join(notes(rows, args.steps)))
     if args.plot:

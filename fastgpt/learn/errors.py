@@ -19,9 +19,9 @@ def is_wrong(result, name):
 
 def first_wrong(failed):
     """A sentence on the first wrong value, or the first error."""
-    result = failed[0]
+    result = next((r for r in failed if "no rows" not in r.case.title), failed[0])
     if result.error:
-        return f"In {result.case.title}: {result.error}."
+        return sentence(f"In {result.case.title}: {result.error}")
     name = result.wrong[0]
     got, exact, wrong = result.values[name], result.truth.exact[name], is_wrong(result, name)
     if not wrong.any():
@@ -37,6 +37,10 @@ def first_wrong(failed):
         f"First wrong value: {place} is {digits(got[at].item(), exact[at].item())}, expected "
         f"{digits(exact[at].item(), got[at].item())}, at most {bound:.1e} off, in {result.case.title}."
     )
+
+
+def sentence(text):
+    return text if text[-1] in ".?!" else f"{text}."
 
 
 def digits(x, other):
@@ -66,7 +70,7 @@ def describe(failed, results):
     if good:
         lines.append(f"Right in {'; '.join(good[:4])}; wrong in {'; '.join(r.case.title for r in failed[:4])}.")
     result = max(failed, key=lambda r: r.values[names[0]].numel() if names[0] in r.wrong else 0)
-    lines += [f"{names[0]} in {result.case.title}: {line}." for line in patterns(result, names[0])]
+    lines += [sentence(f"{names[0]} in {result.case.title}: {line}") for line in patterns(result, names[0])]
     return lines
 
 
@@ -94,9 +98,9 @@ def patterns(result, name):
     if got.numel() > 1 and torch.allclose(got.flatten().sort()[0], exact.flatten().sort()[0], rtol=1e-5, atol=1e-6):
         found.append("the right numbers, in other places" + moved(got, exact))
     else:
-        distance = ((got - exact)[at].abs() / (exact[at].abs() + exact[at].square().mean().sqrt())).max().item()
-        if distance < 1e-3:
-            found.append(f"nearly right, {distance:.0e} off: numbers of lower precision, or an approximation?")
+        distance = ((got - exact)[at].square().mean() / exact[at].square().mean()).sqrt().item()
+        if distance < 5e-3:
+            found.append(f"nearly right, about {distance:.0e} off: numbers of lower precision, or an approximation?")
         elif per := by_dimension(got, exact):
             found.append(per)
         else:
@@ -163,9 +167,8 @@ def relation(got, exact, known, bound):
     difference = (got - exact).median()
     if len(got) > 2 and ((got - exact - difference).abs() <= allowed).all():
         return f"every wrong number is the right one {'+' if difference > 0 else '-'} {abs(difference.item()):.5g}"
-    if len(got) <= 2 and got.numel():
-        ratio = (got / exact)[0].item()
-        return f"it is {spell_factor(ratio, known)} times the right one"
+    if len(got) == 1 and abs(ratio := (got / exact).item() - 1) > 1e-3:
+        return f"it is {spell_factor(1 + ratio, known)} times the right one"
     return ""
 
 

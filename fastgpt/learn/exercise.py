@@ -24,12 +24,12 @@ import torch
 
 import gpt
 
-from .. import bench, check, ops
+from .. import _kernels, bench, check, ops
 from . import judge, judge_generation, native, tasks
 from .sandbox import SECONDS, Broken, Sandbox, import_file, with_backward
 from .tasks import EXERCISES
 
-WIDTH = 96
+WIDTH, WHOLE_WORDS = 96, dict(break_long_words=False, break_on_hyphens=False)
 
 # ---------------------------------------------------------------------------------------------- start, hint, solution
 
@@ -64,10 +64,10 @@ def hint(path, name=None):
     number = sum(line.startswith(f"{e.name} ") for line in given)
     if number == len(e.hints):
         return [
-            f"That were all hints; they stand in {notes}. `fastgpt exercise solution {e.name}` shows gpt.py's lines."
+            f"That was the last hint; all stand in {notes}. `fastgpt exercise solution {e.name}` shows gpt.py's lines."
         ]
     title = f"{e.name} {number + 1} of {len(e.hints)}"
-    text = textwrap.wrap(e.hints[number], WIDTH, break_long_words=False)
+    text = textwrap.wrap(e.hints[number], WIDTH, **WHOLE_WORDS)
     with open(notes, "a", encoding="utf-8") as file:
         file.write("\n".join([title, *(f"  {line}" for line in text), ""]) + "\n")
     return [f"Hint {title}:", *text, "" if number + 1 < len(e.hints) else "(the last one)", f"(kept in {notes})"]
@@ -111,25 +111,31 @@ def is_cpp(path):
 
 
 def cpp_names(text):
+    """The functions that a file defines for others: not what it calls, nor a helper of its own beside them."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    return set(re.findall(r"\b(\w+)\s*\(", text))
+    own = r"\b(?:static|inline)\s+"
+    found = re.findall(rf"({own})?\b(?:std::)?(?:void|int64_t)\s+(\w+)\s*\([^(){{}}]*\)\s*(?:noexcept\s*)?\{{", text)
+    return {name for helper, name in found if not helper}
 
 
 def python_names(text, path):
-    """The names that a module binds at its top level."""
+    """The names that a module binds at its top level, but for what it takes from torch."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
         raise ValueError(f"{path}: {line}{type(error).__name__}: {gpt.one_line(error)}") from None
-    names = set()
-    for node in ast.walk(tree):
+    names, nodes = set(), list(tree.body)
+    for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if not f"{node.module}.".startswith("torch."):
+                names |= {alias.asname or alias.name for alias in node.names}
+        else:  # if, try, with
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
     return names
 
 
@@ -182,7 +188,7 @@ def show(verdict, path, printed=(), warnings=(), file=None):
     e = EXERCISES[verdict.name]
 
     def say(text="", indent=""):
-        print(textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False), file=file)
+        print(textwrap.fill(text, WIDTH, subsequent_indent=indent, **WHOLE_WORDS), file=file)
 
     language = "C++" if is_cpp(path) else "Python"
     say(f"{Path(path).name}: {', '.join(filter(None, (verdict.name, language, WHOSE[verdict.gradients])))}")
@@ -306,6 +312,8 @@ def show_speed(path, verdict, file=None):
         cells = [cell(kernel[who]["ms"]) for who in ("formula", best, "kernel")] + [cell(by["yours"]["kernel"]["ms"])]
         print(f"  {part:<18}{cells[0]:>16}" + "".join(f"{c:>18}" for c in cells[1:]), file=file)
     ratio = rows["forward"]["yours"]["ratio"]
+    told = bench.notes([row for by in rows.values() for row in by.values()], _kernels.isa())
+    print("", *(line for line in told if line.startswith("Above")), sep="\n", end="", file=file)
     print(f"\nForward, it is {ratio:.2g} times as fast as the best of torch.", file=file)
 
 

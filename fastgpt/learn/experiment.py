@@ -9,6 +9,7 @@ import os
 import random
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,14 +85,12 @@ def write_json(path, results):
 
 
 def write_whole(path, write):
-    """write(another name), then rename: whatever happens, `path` is the whole new file, or still the old one."""
-    temporary = f"{path}.tmp"
+    """As gpt.write_whole. What could not be written to its end does not stay."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        gpt.write_whole(path, write)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        with suppress(FileNotFoundError):
+            os.remove(f"{path}.tmp")
 
 
 def try_files(json_path, plot_path):

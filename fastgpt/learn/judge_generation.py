@@ -157,6 +157,7 @@ def sequences():
     for seed, (title, B, T, H, D, ways) in enumerate((
         ("6 positions", 2, 6, 2, 8, cuts_of(6)),
         ("70 positions", 1, 70, 3, 5, [(70,), (64, 6), (1,) * 70, (33, 1, 1, 30, 5), (2, 66, 1, 1)]),
+        ("260 positions", 1, 260, 1, 4, [(130, 130), (259, 1)]),
     )):  # fmt: skip
         inputs, options = check.make_inputs("attention", (B, T, H, D), seed)
         made.append((title, inputs["qkv"], options["n_head"], ways))

@@ -24,6 +24,7 @@ import argparse
 import base64
 import html
 import json
+import math
 import os
 import random
 import re
@@ -46,7 +47,7 @@ TEXT = "To be, or not to be, that is the question. To be, or not to be"
 TOP = 5  # tokens that the lens shows, most probable first
 NEIGHBOURS = 8
 MARKED = 0.2  # how far a head's score is above that of equal weights, if the head gets the mark
-LETTERS, LENGTHS, COPIES = "abcdefghijklmnopqrstuvwxyz", (4, 14), 3  # of the strings that repeat
+LETTERS, PARAGRAPH, JUMP = "abcdefgh", 256, 0.15  # of the text that repeats
 LARGEST = 16  # megabytes of attention weights that a page may hold
 OURS = "<!-- written by fastgpt look -->"
 
@@ -448,25 +449,32 @@ def expect_ours(path):
 
 
 def repeats(n, seed):
-    """At least n characters: strings of random letters, each COPIES times. Only looking back tells what comes next."""
+    """n characters of text that repeats. Each paragraph has the LETTERS in an order of its own and goes round and round
+    in it, now and then with a jump to any of them. Only looking back tells which letter follows which."""
     rng, text = random.Random(seed), ""
     while len(text) < n:
-        text += "".join(rng.choices(LETTERS, k=rng.randint(*LENGTHS))) * COPIES
-    return text
+        order, at = rng.sample(LETTERS, len(LETTERS)), 0
+        for _ in range(PARAGRAPH):
+            at = rng.randrange(len(LETTERS)) if rng.random() < JUMP else (at + 1) % len(LETTERS)
+            text += order[at]
+    return text[:n]
 
 
-def train_on_repeats(out, seed=1, steps=1000, every=100):
+def train_on_repeats(out, seed=1, steps=600, every=50):
     """Train two layers of two heads on repeats(), with a checkpoint in out/step-N each `every` steps. -> the model"""
     if os.path.exists(out) and os.listdir(out):
         raise ValueError(f"look: {out} exists and is not empty: open it with --model, or take another folder")
     tokenizer = gpt.get_tokenizer("bytes")
-    tokens = np.array(tokenizer.encode(repeats(500_000, seed)), np.uint16)
+    tokens = np.array(tokenizer.encode(repeats(400_000, seed)), np.uint16)
     config = gpt.TrainConfig(
-        n_layer=2, n_head=2, n_embd=128, block_size=32, batch_size=32, steps=steps, lr=3e-3, seed=seed
+        n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=16, steps=steps, lr=3e-3, warmup=50, seed=seed
     )
     torch.manual_seed(seed)
     sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size, tokenizer.n_vocab)
     model = gpt.GPT(gpt.GPTConfig(*sizes), ops)
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data *= math.sqrt(768 / config.n_embd)  # N(0, 0.02) is meant for the 768 channels of the smallest GPT-2
     optimizer = gpt.make_optimizer(model, config.lr, config.beta2, config.weight_decay)
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
@@ -499,7 +507,7 @@ def main(argv=None):
     add("--tokenizer", choices=("bytes", "gpt2"), help="if the model names none (default: gpt2)")
     add("--out", metavar="FILE", help="the page (default: look.html)")
     add("--json", nargs="?", const="-", metavar="FILE", help="write the numbers here; without FILE, print them")
-    add("--repeats", metavar="DIR", help="first train a small model on strings that repeat, into DIR/step-N; 2 minutes")
+    add("--repeats", metavar="DIR", help="first train a small model on text that repeats, into DIR/step-N; 10 seconds")
     args = parser.parse_args(argv)
     out = args.out or (None if args.json else "look.html")
     if out:
@@ -508,7 +516,7 @@ def main(argv=None):
         if args.model:
             raise ValueError("look: --model and --repeats are both given, expected one of them")
         train_on_repeats(args.repeats)
-    text = args.text if args.text is not None else repeats(1, seed=7) if args.repeats else TEXT
+    text = args.text if args.text is not None else repeats(48, seed=0) if args.repeats else TEXT
     models = args.model or [args.repeats or "out"]
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"fastgpt look: {message}", file=sys.stderr)

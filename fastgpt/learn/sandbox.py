@@ -192,6 +192,8 @@ class Child:
         e = EXERCISES[name]
         if self.native:
             self.native.guard(at_end, fill)
+        if not hasattr(self.module, e.function):
+            raise Refused(f'there is no extern "C" {e.prototypes[0]}')
         function = own(self.module, e) if own_backward else getattr(self.module, e.function)
         leaves = [
             x.clone().requires_grad_() if is_float(x) else x.clone() if torch.is_tensor(x) else x for x in arguments

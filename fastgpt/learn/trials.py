@@ -15,13 +15,15 @@ import torch
 
 import gpt
 
-from .. import bench, ops
+from .. import bench, data, ops
 from . import ablate, experiment
 from .ablate import VARIANTS
 
 TOKENIZER = gpt.get_tokenizer("bytes")
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
-OPTIONS = (*SIZES, "batch_size", "lr")  # of gpt.TrainConfig, that the command line takes
+OPTIONS = dict(
+    n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=24, lr=3e-3
+)  # of gpt.TrainConfig: small, quick
 
 
 def build(v, config):
@@ -249,10 +251,9 @@ def main(argv=None):
     parser.add_argument("--only", metavar="NAME,NAME", help="these variants alone, beside gpt2, which is always there")
     parser.add_argument("--data", metavar="FILE", help="text file in UTF-8 (default: Python's own help texts)")
     count = experiment.at_least(1)
-    parser.add_argument("--steps", type=count, default=300, metavar="N", help="of training (default: %(default)s)")
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each (default: %(default)s)")
-    for name in OPTIONS:
-        default = getattr(gpt.TrainConfig, name)
+    parser.add_argument("--steps", type=count, default=500, metavar="N", help="of training (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=4, metavar="N", help="runs of each (default: %(default)s)")
+    for name, default in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -265,7 +266,7 @@ def main(argv=None):
     config = replace(config, warmup=min(config.warmup, config.steps))
     gpt.GPTConfig(**{name: getattr(config, name) for name in SIZES})
     experiment.try_files(args.json, args.plot)
-    tokens, val = gpt.load_tokens(args.data, TOKENIZER, config.block_size)
+    tokens, val = data.load_tokens(args.data, TOKENIZER, config.block_size)
     text = f"{len(tokens) + len(val)} bytes with CRC-32 {zlib.crc32(val, zlib.crc32(tokens)):08x}"
     runs = Runs(args.json, dict(text=text, steps=config.steps) | {name: getattr(config, name) for name in OPTIONS})
     try:

@@ -11,7 +11,7 @@ import torch
 
 import gpt
 
-from .gradients import change, slope, takes_gradient_of
+from .gradients import change, slope, takes_gradient_of, without_dout
 from .wrong_attention import ATTENTION, LM_LOSS
 
 EPS = 1e-5
@@ -298,6 +298,9 @@ LAYER_NORM = {
         norm(lambda c, v: c / torch.sqrt(v.detach() + EPS))
     ),
     "dx takes the mean as a constant; it depends on x: the term with mean(g) is missing": of_x(constant_mean),
+    "dx is not divided by sqrt(variance + eps)": (
+        lambda x, weight, bias: gpt.layer_norm(slope(x, deviation(x)), weight, bias)
+    ),
     "dx lacks the weight: g is dout * weight, not dout": (
         lambda x, weight, bias: (
             gpt.layer_norm(x.detach(), weight, bias)
@@ -337,6 +340,11 @@ LAYER_NORM = {
     "dx has the wrong sign": lambda x, weight, bias: gpt.layer_norm(slope(x, -1), weight, bias),
     "dx is zero: no gradient goes back to x": lambda x, weight, bias: gpt.layer_norm(x.detach(), weight, bias),
 }
+
+
+def deviation(x):
+    variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
+    return torch.sqrt(variance + EPS).detach()
 
 
 def direct_way(x, weight):
@@ -382,11 +390,15 @@ LINEAR_GELU = {
     },
 }
 
+UNUSED = "dout is not used: these are the gradients where it is 1 everywhere; each is multiplied by dout"
 WRONG = {
-    "linear": LINEAR,
-    "gelu": GELU,
-    "layer_norm": LAYER_NORM,
-    "linear_gelu": LINEAR_GELU,
-    "attention": ATTENTION,
-    "lm_loss": LM_LOSS,
+    name: {**mistakes, UNUSED: without_dout(getattr(gpt, name))}
+    for name, mistakes in dict(
+        linear=LINEAR,
+        gelu=GELU,
+        layer_norm=LAYER_NORM,
+        linear_gelu=LINEAR_GELU,
+        attention=ATTENTION,
+        lm_loss=LM_LOSS,
+    ).items()
 }

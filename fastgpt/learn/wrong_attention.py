@@ -316,6 +316,7 @@ LM_LOSS = {
     "a target of -1 is taken for the last token in the sum; it does not count": (
         mean_with(lambda nll, keep: nll.sum() / keep.sum(), last=True)
     ),
+    "a target of 0 does not count, either; only -1 doesn't": of_targets(lambda t: torch.where(t == 0, -1, t)),
     "a target of -1 is taken for token 0; it does not count": mean_with(lambda nll, keep: nll.mean()),
     "a target of -1 is taken for token 0 in the sum; it does not count": (
         mean_with(lambda nll, keep: nll.sum() / keep.sum())

@@ -20,6 +20,7 @@ def sampler(
     right=True,
     greedy=lambda logits: logits.argmax(-1, keepdim=True),
     limits=lambda top_k, top_p: (top_k, top_p),
+    last=lambda probs: probs.shape[-1] - 1,
 ):
     """gpt.py's sample, with one of its steps made in another way."""
 
@@ -33,10 +34,14 @@ def sampler(
             probs = probs.masked_fill(cut(probs, top_p), 0.0)
         sums = probs.cumsum(-1)
         u = torch.tensor(draw(rng, len(logits)), dtype=torch.float64)[:, None] * scale(probs)
-        place = torch.searchsorted(sums, u, right=right).clamp(max=sums.shape[-1] - 1)
-        return tokens.gather(-1, place)
+        place = torch.searchsorted(sums, u, right=right)
+        return tokens.gather(-1, torch.minimum(place, torch.as_tensor(last(probs))))
 
     return sample
+
+
+def of_those_left(probs):
+    return (probs > 0).sum(-1, keepdim=True) - 1
 
 
 def last_of_equals(logits):
@@ -185,6 +190,9 @@ SAMPLING = {
     "top_p measures probabilities without the temperature; it comes after": in_order(untempered_top_p),
     "the random number is not multiplied by the sum that is left after top_p": (
         sampler(scale=lambda probs: torch.ones_like(probs[:, :1]))
+    ),
+    "the random number is not multiplied by the sum that is left after top_p (beyond it, the last that is left)": (
+        sampler(scale=lambda probs: torch.ones_like(probs[:, :1]), last=of_those_left)
     ),
     "all rows share one random number; each row has its own": (sampler(draw=lambda rng, B: [rng.random()] * B)),
     "the rows take their random numbers in the wrong order: the first row first": (

@@ -8,6 +8,7 @@
 
 #include "../../csrc/kernels.h"
 #include "../../csrc/parallel.h"
+#include "../../csrc/sample.h"
 
 #include <algorithm>
 #include <cmath>
@@ -338,6 +339,310 @@ template <class T> void all(const Kernels& k, const std::string& isa) {
     attention<T>(k, isa, 1, 40, 1, 600);
 }
 
+// Rounding to whole numbers. Where a value is as near to the middle of two as float's errors reach, no kernel can be
+// told right from wrong, so inputs that come so near are drawn again.
+static double nearest_tie = 1;
+static double value_of(Real x) { return double(x); }
+static double value_of(Noisy x) { return x.v; }
+template <class F> double whole(F x) {
+    const double v = value_of(x), below = std::floor(v);
+    if (std::is_same_v<F, Real>) nearest_tie = std::min(nearest_tie, std::fabs(v - below - 0.5));
+    return v - below < 0.5 ? below : below + 1;
+}
+template <class F> F to_bfloat16(F x) { // 8 bits
+    int exponent;
+    std::frexp(value_of(x), &exponent);
+    return value_of(x) == 0 ? x : F(std::ldexp(whole(x * F(std::ldexp(1, 8 - exponent))), exponent - 8));
+}
+template <class F> Values<F> to_int8(const Values<F>& x, size_t size) { // and back, with a scale for each group
+    Values<F> y(x.size());
+    for (size_t k = 0; k < x.size(); k++) {
+        F largest = 0;
+        const size_t group = k / size * size;
+        for (size_t i = group; i < std::min(group + size, x.size()); i++) {
+            const F magnitude = x[i] < F(0) ? F(0) - x[i] : x[i];
+            if (largest < magnitude) largest = magnitude;
+        }
+        y[k] = F(whole(x[k] * (F(127) / largest))) * (largest / F(127));
+    }
+    return y;
+}
+
+// A GPT-2 of `layers` layers, its parameters in the order of DecoderModel, c_attn's rows head by head as it stores
+// them.
+struct Gpt2 {
+    int64_t layers, H, D, V, T;
+    Packing packing, cache;
+    bool fast_prompts = false;
+    int64_t C() const { return H * D; }
+    int64_t R() const { return (3 * D + 15) / 16 * 16; } // rows of c_attn for each head
+    Packing head_packing() const { return packing == Packing::int4 ? Packing::int8 : packing; }
+    std::vector<std::pair<int64_t, int64_t>> shapes() const { // (N, K) of matrices; K is 0 for vectors
+        std::vector<std::pair<int64_t, int64_t>> all{{V, C()}, {T, C()}};
+        for (int64_t l = 0; l < layers; l++)
+            for (const auto& shape : std::vector<std::pair<int64_t, int64_t>>{{C(), 0},
+                                                                              {C(), 0},
+                                                                              {H * R(), C()},
+                                                                              {H * R(), 0},
+                                                                              {C(), C()},
+                                                                              {C(), 0},
+                                                                              {C(), 0},
+                                                                              {C(), 0},
+                                                                              {4 * C(), C()},
+                                                                              {4 * C(), 0},
+                                                                              {C(), 4 * C()},
+                                                                              {C(), 0}})
+                all.push_back(shape);
+        all.push_back({C(), 0}), all.push_back({C(), 0});
+        return all;
+    }
+    int64_t id(int64_t t) const { return t * 7 % V; }
+
+    template <class F> Values<F> rounded(const Values<F>& x, bool in_prompt) const {
+        return packing == Packing::int4 ? to_int8(x, 32) : in_prompt && fast_prompts ? to_int8(x, 256) : x;
+    }
+    template <class F> static Values<F> linear(const Values<F>& x, const Values<F>& w, const Values<F>* bias) {
+        const size_t K = x.size(), N = w.size() / K;
+        Values<F> y(N);
+        for (size_t n = 0; n < N; n++) {
+            for (size_t k = 0; k < K; k++) y[n] += x[k] * w[n * K + k];
+            if (bias) y[n] += (*bias)[n];
+        }
+        return y;
+    }
+    template <class F> static Values<F> normalized(const Values<F>& x, const Values<F>& w, const Values<F>& b) {
+        F mean = 0, variance = 0;
+        for (F v : x) mean += v;
+        mean /= F(x.size());
+        for (F v : x) variance += (v - mean) * (v - mean);
+        const F rstd = 1 / sqrt(variance / F(x.size()) + F(1e-5L));
+        Values<F> y(x.size());
+        for (size_t i = 0; i < x.size(); i++) y[i] = (x[i] - mean) * rstd * w[i] + b[i];
+        return y;
+    }
+    // (T, V). The first `prompt` tokens see keys and values before the cache rounds them.
+    template <class F> Values<F> logits(const std::vector<Values<F>>& in, int64_t prompt) const {
+        Values<F> all;
+        std::vector<Values<F>> kept(layers * T); // qkv
+        for (int64_t t = 0; t < T; t++) {
+            Values<F> x(C());
+            for (int64_t c = 0; c < C(); c++) x[c] = in[0][id(t) * C() + c] + in[1][t * C() + c];
+            for (int64_t l = 0; l < layers; l++) {
+                const Values<F>* p = &in[2 + 12 * l];
+                kept[l * T + t] = linear(rounded(normalized(x, p[0], p[1]), t < prompt), p[2], &p[3]);
+                std::vector<Values<F>> qkv(kept.begin() + l * T, kept.begin() + l * T + t + 1);
+                if (cache == Packing::bfloat16 && t >= prompt)
+                    for (auto& row : qkv)
+                        for (int64_t i = 0; i < H * R(); i++)
+                            if (i % R() >= D) row[i] = to_bfloat16(row[i]);
+                Values<F> y(C()), s(t + 1);
+                for (int64_t h = 0; h < H; h++) {
+                    F row_max = -1e30, row_sum = 0;
+                    for (int64_t j = 0; j <= t; j++) {
+                        s[j] = 0;
+                        for (int64_t d = 0; d < D; d++) s[j] += qkv[t][h * R() + d] * qkv[j][h * R() + D + d];
+                        s[j] /= sqrt(F(D));
+                        if (row_max < s[j]) row_max = s[j];
+                    }
+                    for (int64_t j = 0; j <= t; j++) row_sum += s[j] = exp(s[j] - row_max);
+                    for (int64_t j = 0; j <= t; j++)
+                        for (int64_t d = 0; d < D; d++) y[h * D + d] += s[j] / row_sum * qkv[j][h * R() + 2 * D + d];
+                }
+                const auto attended = linear(rounded(y, t < prompt), p[4], &p[5]);
+                for (int64_t c = 0; c < C(); c++) x[c] += attended[c];
+                auto h = linear(rounded(normalized(x, p[6], p[7]), t < prompt), p[8], &p[9]);
+                for (F& v : h) v = gelu(v);
+                const auto thought = linear(rounded(h, t < prompt), p[10], &p[11]);
+                for (int64_t c = 0; c < C(); c++) x[c] += thought[c];
+            }
+            const auto row =
+                linear(normalized(x, in[in.size() - 2], in.back()), in[0], static_cast<Values<F>*>(nullptr));
+            all.insert(all.end(), row.begin(), row.end());
+        }
+        return all;
+    }
+};
+
+// The same model through a table's kernels.
+class PackedGpt2 {
+  public:
+    PackedGpt2(const DecoderKernels& k, const Gpt2& g, const std::vector<Values<float>>& in)
+        : k_(k), g_(g), layers_(size_t(g.layers)) {
+        const auto shapes = g.shapes();
+        const auto vector = [&](size_t i, int64_t rows = 1) { // rows padded with zeros to a multiple of 16
+            const int64_t n = int64_t(in[i].size()) / rows, padded = (n + 15) / 16 * 16;
+            floats_.emplace_back(size_t(rows * padded));
+            for (int64_t r = 0; r < rows; r++)
+                std::copy_n(&in[i][size_t(r * n)], n, &floats_.back()[size_t(r * padded)]);
+            return floats_.back().data();
+        };
+        const auto matrix = [&](size_t i, Packing packing, bool has_bias) {
+            const auto [N, K] = shapes[i];
+            bytes_.emplace_back(size_t(k.packed_bytes(packing, N, K)));
+            k.pack(in[i].data(), packing, N, K, bytes_.back().data());
+            return PackedMatrix{packing, N, K, bytes_.back().data(), has_bias ? vector(i + 1) : nullptr};
+        };
+        size_t at = 2;
+        for (DecoderLayer& l : layers_) {
+            l.ln_1_weight = vector(at), l.ln_1_bias = vector(at + 1);
+            l.c_attn = matrix(at + 2, g.packing, true), l.c_proj = matrix(at + 4, g.packing, true);
+            l.ln_2_weight = vector(at + 6), l.ln_2_bias = vector(at + 7);
+            l.c_fc = matrix(at + 8, g.packing, true), l.mlp_c_proj = matrix(at + 10, g.packing, true);
+            at += 12;
+        }
+        model_ = {g.layers,
+                  g.C(),
+                  g.H,
+                  g.V,
+                  matrix(0, g.head_packing(), false),
+                  vector(1, g.T),
+                  layers_.data(),
+                  vector(at),
+                  vector(at + 1),
+                  g.fast_prompts};
+    }
+    Values<float> rounded(size_t i) const { // parameter i, as packed
+        const auto [N, K] = g_.shapes()[i];
+        const size_t l = (i - 2) / 12, j = (i - 2) % 12;
+        const DecoderLayer& layer = layers_[i ? l : 0];
+        Values<float> w(size_t(N * K));
+        k_.unpack(i == 0   ? model_.wte
+                  : j == 2 ? layer.c_attn
+                  : j == 4 ? layer.c_proj
+                  : j == 8 ? layer.c_fc
+                           : layer.mlp_c_proj,
+                  w.data());
+        return w;
+    }
+
+    // Token by token in 15 slots at once, which must agree to the bit; all as one prompt; a prompt, then two at once.
+    std::vector<Values<float>> logits(const std::string& what) const {
+        constexpr int64_t slots = 15;
+        const int64_t T = g_.T, V = g_.V, capacity = (T + 15) / 16 * 16;
+        DecoderCache cache{g_.cache, slots, capacity, nullptr};
+        std::vector<char> memory(size_t(slots * k_.cache_bytes(model_, cache)), char(0x7f)); // NaN, if it is read
+        cache.data = memory.data();
+        std::vector<int64_t> ids;
+        for (int64_t t = 0; t < T; t++) ids.push_back(g_.id(t));
+        Values<float> steps, rows(size_t(slots * V)), whole(size_t(T * V)), parts(size_t(T * V));
+        for (int64_t t = 0; t < T; t++) {
+            std::vector<DecoderToken> tokens;
+            for (int64_t slot = 0; slot < slots; slot++) tokens.push_back({ids[size_t(t)], slot, t});
+            k_.decode(model_, cache, tokens.data(), slots, rows.data());
+            for (int64_t slot = 1; slot < slots; slot++)
+                if (memcmp(&rows[0], &rows[size_t(slot * V)], size_t(V) * sizeof(float))) {
+                    failed++;
+                    printf("FAILED %s: token %d differs in slot %d\n", what.c_str(), int(t), int(slot));
+                }
+            steps.insert(steps.end(), rows.begin(), rows.begin() + V);
+        }
+        std::fill(memory.begin(), memory.end(), char(0x7f));
+        const DecoderPrompt prompt{ids.data(), T, 3}, first{ids.data(), T - 2, 4};
+        k_.prefill(model_, cache, &prompt, 1, true, whole.data());
+        k_.prefill(model_, cache, &first, 1, true, parts.data());
+        const DecoderToken last[] = {{ids[size_t(T - 2)], 4, T - 2}, {ids[size_t(T - 1)], 4, T - 1}};
+        k_.decode(model_, cache, last, 2, &parts[size_t((T - 2) * V)]);
+        return {steps, whole, parts};
+    }
+
+  private:
+    const DecoderKernels& k_;
+    Gpt2 g_;
+    std::vector<DecoderLayer> layers_;
+    std::vector<std::vector<char>> bytes_;
+    std::vector<Values<float>> floats_;
+    DecoderModel model_;
+};
+
+static void decoder(const Kernels& k, const Gpt2& g) {
+    const char* names[] = {"float32", "bfloat16", "int8", "int4"};
+    const std::string what = std::string(k.name) + " decoder " + names[int(g.packing)] + ", cache in " +
+                             names[int(g.cache)] + (g.fast_prompts ? ", fast prompts" : "") + ", D " +
+                             std::to_string(g.D);
+    std::vector<Values<float>> in;
+    do {
+        in.clear();
+        for (const auto& [N, K] : g.shapes()) in.push_back(as<float>(normal(N * std::max(K, int64_t(1)), K ? .3 : 1)));
+        const PackedGpt2 packed(k.decoder, g, in);
+        for (size_t i = 0; i < in.size(); i++)
+            if (g.shapes()[i].second && i != 1) in[i] = packed.rounded(i);
+        nearest_tie = 1;
+        std::vector<Values<Real>> real;
+        for (const auto& x : in) real.push_back(as<Real>(x));
+        g.logits(real, 0), g.logits(real, g.T);
+    } while (nearest_tie < 2e-4);
+    Inputs inputs;
+    for (const auto& x : in) inputs.push_back(as<Real>(x));
+    const auto formula = [&](const auto& values) {
+        return std::vector{g.logits(values, 0), g.logits(values, g.T), g.logits(values, g.T - 2)};
+    };
+    const auto kernel = [&](const std::vector<Values<float>>& values) {
+        return PackedGpt2(k.decoder, g, values).logits(what);
+    };
+    check<float>(what, inputs, formula, kernel);
+}
+
+// sample.h against the rule in plain words.
+static int64_t drawn(const Values<float>& logits, double temperature, int64_t top_k, double top_p, double u) {
+    std::vector<int64_t> ids(logits.size());
+    for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i);
+    std::stable_sort(ids.begin(), ids.end(),
+                     [&](int64_t a, int64_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
+    if (temperature == 0) return ids[0];
+    if (top_k && top_k < int64_t(ids.size())) ids.resize(size_t(top_k));
+    Values<double> sums;
+    double total = 0, sum = 0;
+    const auto weight = [&](int64_t id) {
+        return exp((double(logits[size_t(id)]) - logits[size_t(ids[0])]) / temperature);
+    };
+    for (int64_t id : ids) total += weight(id);
+    for (size_t i = 0; i < ids.size() && sum < top_p; i++) sums.push_back(sum += weight(ids[i]) / total);
+    const auto at = std::upper_bound(sums.begin(), sums.end(), u * sum) - sums.begin();
+    return ids[std::min(size_t(at), sums.size() - 1)];
+}
+
+static void sampler() {
+    std::uniform_real_distribution<double> uniform;
+    for (int64_t V : {1, 7, 3000, 20011})
+        for (double temperature : {0., .7, 2.})
+            for (int64_t top_k : {0, 1, 40, 100000})
+                for (double top_p : {.3, .95, 2.})
+                    for (double coarse : {0., 2.}) { // ties
+                        Values<float> logits = as<float>(normal(V, 2));
+                        for (float& x : logits) x = coarse ? std::round(x * float(coarse)) / float(coarse) : x;
+                        const double u = uniform(generator);
+                        compared++;
+                        if (Sampler(temperature, top_k, top_p).draw(logits.data(), V, u) ==
+                            drawn(logits, temperature, top_k, top_p, u))
+                            continue;
+                        failed++;
+                        printf("FAILED sample: V %d temperature %g top_k %d top_p %g\n", int(V), temperature,
+                               int(top_k), top_p);
+                    }
+    const float bad[] = {1, std::numeric_limits<float>::quiet_NaN(), 2};
+    compared++;
+    failed += Sampler(1, 0, 2).draw(bad, 3, .5) != -1;
+}
+
+static bool has_int8_products(const Kernels& k) { return !strcmp(k.name, "avx512") || !strcmp(k.name, "amx"); }
+
+static void decoders(const Kernels& k) {
+    const bool dot_products = has_dot_products;
+    for (int64_t D : {24, 13}) {
+        const int64_t H = D == 24 ? 2 : 3;
+        for (Packing packing : {Packing::float32, Packing::bfloat16, Packing::int8})
+            decoder(k, {2, H, D, 37, 19, packing, Packing::float32});
+        decoder(k, {1, H, D, 37, 5, Packing::float32, Packing::bfloat16});
+        for (bool use : {true, false})
+            if (dot_products || !use) {
+                has_dot_products = use;
+                decoder(k, {1, H, D, 37, 5, Packing::int4, Packing::float32});
+                if (use && has_int8_products(k)) decoder(k, {1, H, D, 37, 5, Packing::int8, Packing::float32, true});
+            }
+        has_dot_products = dot_products;
+    }
+}
+
 // A pool of two threads, so that a sanitizer sees the kernels' sharing.
 static int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
     std::vector<std::thread> threads;
@@ -349,6 +654,7 @@ static int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(in
 int main(int count, char** names) {
     pool.parallel_for = parallel_for;
     pool.num_threads = [](uint32_t* n) { return *n = 2, 0; };
+    sampler();
     for (const Kernels* k = kernels_begin; k < kernels_end; k++) {
         if (!k->runs_here()) {
             printf("%s: not on this processor\n", k->name);
@@ -358,6 +664,7 @@ int main(int count, char** names) {
             continue;
         all<float>(*k, std::string(k->name) + " float");
         all<double>(*k, std::string(k->name) + " double");
+        decoders(*k);
         printf("%s: done\n", k->name);
     }
     printf("%d passed, %d failed\n", compared - failed, failed);
