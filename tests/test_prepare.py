@@ -696,6 +696,8 @@ def test_a_folder_s_vocabulary_goes_with_its_shards_and_its_model(vocabulary, ca
     assert command("eval", "--model", "model", "--data", "d") == 0
     shards = capsys.readouterr().out
     assert "bits per byte" in shards
+    assert command("eval", "--model", "model", "--data", "d", "--against", "int8") == 0
+    assert "KL divergence" in capsys.readouterr().out
     assert command("quantize", "model", "--dtype", "int8", "--out", "packed") == 0
     assert command("generate", "--prompt", "the quick", "--model", "packed", "--max-new-tokens", "5") == 0
     fastgpt.train.main(["--data", "a.txt", "--init", "model", "--out", "tuned", "--steps", "1", "--sample", "1"])
