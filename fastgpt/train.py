@@ -124,7 +124,7 @@ def run(typed, ops, interrupts):
         def get_tokenizer(name):
             return tokenizers.get(folder if name == tokenizers.OWN else name)
 
-        gpt.run_train(typed, ops, train, data.load_tokens, get_tokenizer)
+        gpt.run_train(typed, ops, train, data.load_tokens, get_tokenizer=get_tokenizer)
 
 
 def say_changes(path, typed):
