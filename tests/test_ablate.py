@@ -294,9 +294,21 @@ def test_the_verdict_is_that_of_paired_differences(losses, causal, verdict, diff
     row = trials.compare(VARIANTS["relu"], runs_of(losses, causal), baseline)
     assert row["verdict"] == verdict and row["parameters"] == 1
     assert row["difference"] == (None if difference is None else pytest.approx(difference, abs=1e-4))
+    floor = trials.compare(VARIANTS["relu"], runs_of(losses, causal), baseline, floor=0.2)["verdict"]
+    assert floor == ("within noise" if verdict in ("better", "worse") else verdict)  # smaller than the floor
     if verdict == "better":  # the seeds differ by 0.1, the differences between pairs hardly
         assert row["interval"] < 0.02
     assert trials.compare(VARIANTS["relu"], runs_of([1.0]), runs_of([1.6])["seeds"])["verdict"] == "one seed"
+
+
+def test_the_noise_floor_is_the_far_end_of_the_interval_of_what_is_the_same(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    assert ablate_command(path, "--only", "same,relu", "--seeds", "3") == 0
+    same, relu = json.loads(path.read_text())["rows"]
+    assert same["floor"] == relu["floor"] == pytest.approx(abs(same["difference"]) + same["interval"])
+    assert same["verdict"] == "within noise" and f"is at most {same['floor']:.4f}" in capsys.readouterr().out
+    loss = {n: [one["loss"] for one in seeds.values()] for n, seeds in seeds_in(path).items()}
+    assert loss["same"] != loss["gpt2"]
 
 
 def test_the_loss_after_a_window_is_that_of_its_last_byte():

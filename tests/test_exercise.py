@@ -308,7 +308,10 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FIRST = {name: fault for fault, (name, *_) in reversed(FAULTS.items())}.values()  # one of each exercise
+
+
+@pytest.mark.parametrize("fault", [f if f in FIRST else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_a_fault_of_somebody_else_fails_and_is_told(fault):
     name, text, words = FAULTS[fault]
@@ -357,10 +360,10 @@ def test_a_result_of_another_kind_is_told(name, text, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("def gelu(x):\n    while True: pass\n", "no result after 2 s in 1: is there an endless loop"),
         *(
             pytest.param(*bad, marks=pytest.mark.slow)
             for bad in [
+                ("def gelu(x):\n    while True: pass\n", "no result after 2 s in 1: is there an endless loop"),
                 ("import os\ndef gelu(x): os._exit(0)\n", "it ended the process itself, with status 0"),
                 ("import os\ndef gelu(x):\n    os.fork()\n    return x\n", "it starts another process"),
                 ("import os\nos.fork()\ndef gelu(x): return x\n", "it starts another process"),
@@ -373,6 +376,11 @@ def test_a_result_of_another_kind_is_told(name, text, words):
                     "cannot be imported: line 1: ModuleNotFoundError: No module named",
                 ),
                 ("import ctypes\ndef gelu(x): ctypes.string_at(0)\n", "it crashed with SIGSEGV"),
+                (
+                    "import os\ndef gelu(x):\n    for i in range(3, 20):\n        try: os.write(i, b'x' * 64)\n"
+                    "        except OSError: pass\n    return x\n",
+                    "it writes into the pipe on which its results come",
+                ),
             ]
         ),
         ("def gelu(x):\n    return x +\n", "line 2: SyntaxError"),
@@ -393,6 +401,15 @@ def test_what_a_file_prints_is_shown_and_harms_nothing(tmp_path):
     right, out = check_file(path)
     assert right and "It printed:" in out
     assert max(map(len, out.replace(str(path), path.name).splitlines())) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ("sys.stdout.close()", "sys.stdout = None", "class Own(torch.Tensor): pass"))
+def test_a_right_answer_may_do_strange_things(tmp_path, change):
+    text = f"import sys\nimport torch\n{change}\nOwn = globals().get('Own', torch.Tensor)\n"
+    text += "def gelu(x): return torch.nn.functional.gelu(x, approximate='tanh').as_subclass(Own)\n"
+    right, out = check_file(written(tmp_path, text))
+    assert right and "It printed" not in out, out
 
 
 @pytest.mark.slow
@@ -474,6 +491,8 @@ def test_a_file_to_begin_with_is_told_to_be_unwritten(tmp_path, monkeypatch, nam
     assert verdict.todo and not verdict.ok
     with pytest.raises(ValueError, match="is there already and stays as it is"):
         exercise.start(name)
+    with pytest.raises(ValueError, match="--out is 'mine.py', expected a name that ends in .cpp"):
+        exercise.start(name, cpp=True, out="mine.py")
     assert path.read_text(encoding="utf-8") == text
 
 

@@ -517,6 +517,7 @@ def test_clicks_and_keys_change_the_pictures(three, tmp_path):
     assert seen["canvas"][0] == "1" and "layer 0, head 3, position 0 ‘a’" in seen["status"] and seen["alone"] == 0
 
 
+@pytest.mark.slow
 @browser
 def test_the_slider_shows_the_numbers_of_each_checkpoint(three, tmp_path):
     script = """
@@ -529,6 +530,7 @@ def test_the_slider_shows_the_numbers_of_each_checkpoint(three, tmp_path):
         assert name == checkpoint["name"] and f"mean loss of {np.mean(checkpoint['loss']):.3f}" in about
 
 
+@pytest.mark.slow
 @browser
 def test_the_tables_hold_what_the_pictures_show(page, tmp_path):
     script = """
@@ -560,6 +562,7 @@ def test_the_page_is_as_wide_as_the_window(page, tmp_path, width):
     assert inside <= window == width
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize("text", ("a", "ab", "</script><b>&amp;{}\n\x00\u202eé"))
 def test_short_and_odd_texts_are_shown(text, tmp_path):

@@ -6,7 +6,8 @@ keeps the five formulas runs on the kernels.
 
 Each variant is trained with several seeds. The same seed gives the same batches and, where the layers are the same, the
 same first weights, so its loss minus GPT-2's is a paired difference: what both have in common cancels out. The interval
-around their mean is Student's, at 95 %; a difference is real to us if it does not hold zero.
+around their mean is Student's, at 95 %. A difference is real to us if it does not hold zero, and if the difference is
+larger than that of `same`, which is GPT-2 from other first weights: the noise floor, measured.
 """
 
 import math

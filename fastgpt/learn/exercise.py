@@ -38,6 +38,8 @@ def start(name, cpp=False, out=None):
     """Write the file to begin with. -> its path"""
     e = find_exercise(name)
     path = Path(out or f"my_{name.replace('-', '_')}{'.cpp' if cpp else '.py'}")
+    if is_cpp(path) != cpp:
+        raise ValueError(f"--out is {str(path)!r}, expected a name that ends in {'.cpp' if cpp else '.py'}")
     text = (tasks.cpp_file if cpp else tasks.python_file)(e, path.name)
     try:
         with open(path, "x", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import select
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -119,10 +121,15 @@ class Sandbox:
             number, *seen = struct.unpack("<6q", self._read(48, end, what, seconds))
             told = native.describe_fault(signal.Signals(number).name, *seen)
             raise Broken(f"{self.path.name}: {told} {at(what)}")
-        return decode(self._read(length, end, what, seconds))
+        try:
+            return decode(self._read(length, end, what, seconds))
+        except (EOFError, RuntimeError, pickle.UnpicklingError):
+            raise Broken(f"{self.path.name}: it writes into the pipe on which its results come, {at(what)}") from None
 
     def _read(self, size, end, what, seconds):
         data = b""
+        if not 0 < size < MEMORY:
+            raise Broken(f"{self.path.name}: it writes into the pipe on which its results come, {at(what)}")
         while len(data) < size:
             if not select.select([self.answers], [], [], max(end - time.monotonic(), 0))[0]:
                 self.close()
@@ -208,7 +215,7 @@ class Child:
         answer = dict(borrowed=sorted(borrowed - {None}))
         if not isinstance(out, torch.Tensor):
             raise Refused(f"{e.function} returns {describe(out)}, expected a tensor")
-        answer["out"] = out.detach().clone()
+        answer["out"] = out.detach().clone().as_subclass(torch.Tensor)
         answer["unwritten"] = dict(self.native.unwritten) if self.native else {}
         answer["changed"] = [
             n
@@ -223,7 +230,7 @@ class Child:
         grads = torch.autograd.grad(out, list(inputs.values()), grad, allow_unused=True)
         answer["unused"] = [n for n, g in zip(inputs, grads, strict=True) if g is None]
         for (n, x), g in zip(inputs.items(), grads, strict=True):
-            answer[f"d{n}"] = torch.zeros_like(x) if g is None else g.detach()
+            answer[f"d{n}"] = torch.zeros_like(x) if g is None else g.detach().as_subclass(torch.Tensor)
         if self.native:
             answer["unwritten"] |= self.native.unwritten
         return answer
@@ -343,7 +350,8 @@ def serve(reads, writes, path, library=None):
             answer = child.answer(decode(data))
             if os.getpid() != child.pid:  # C++ that forked: this is the copy
                 os._exit(0)
-            sys.stdout.flush()
+            with suppress(AttributeError, OSError, ValueError):  # it may have closed or removed that
+                sys.stdout.flush()
             if libc:
                 libc.fflush(None)
             send(writes, answer)

@@ -156,10 +156,11 @@ def train_all(names, config, seeds, tokens, val, runs):
             runs.save()
 
 
-def compare(v, run, baseline):
-    """A variant's row of the table, beside GPT-2's run, with the seeds of `baseline`. -> dict"""
+def compare(v, run, baseline, floor=0.0):
+    """A variant's row of the table, beside GPT-2's runs, {seed: figures}; `floor` is noise_floor's. -> dict"""
     figures = [run["seeds"][seed] for seed in baseline]
-    row = dict(name=v.name, loss=None, difference=None, interval=None, time=run["time"], verdict="diverged")
+    row = dict(name=v.name, loss=None, difference=None, interval=None, floor=floor, time=run["time"])
+    row |= dict(verdict="diverged")
     row |= dict(lines=experiment.lines_of(v.build) + 2)  # with its first line and its docstring
     row |= dict(parameters=figures[0]["parameters"] / next(iter(baseline.values()))["parameters"])
     pairs = list(zip([one["loss"] for one in figures], [one["loss"] for one in baseline.values()], strict=True))
@@ -167,19 +168,25 @@ def compare(v, run, baseline):
         return row
     row["difference"], row["interval"] = interval([one - other for one, other in pairs])
     row["loss"] = sum(one for one, _ in pairs) / len(pairs)
-    row["verdict"] = verdict(row["difference"], row["interval"])
+    row["verdict"] = verdict(row["difference"], row["interval"], floor)
     if not all(one["causal"] for one in figures):
         row["verdict"] = "sees the answer"
     return row
 
 
-def verdict(difference, half):
+def noise_floor(runs, baseline):
+    """How far from GPT-2 a variant may be that is GPT-2: the far end of the interval of `same`, 0.0 if not measured."""
+    row = compare(VARIANTS["same"], runs.of(VARIANTS["same"]), baseline)
+    return abs(row["difference"]) + row["interval"] if row["interval"] is not None else 0.0
+
+
+def verdict(difference, half, floor):
     if half is None:
         return "one seed"
-    return "within noise" if abs(difference) <= half else "worse" if difference > 0 else "better"
+    return "within noise" if abs(difference) <= max(half, floor) else "worse" if difference > 0 else "better"
 
 
-def show(rows, baseline, config):
+def show(rows, baseline, config, floor):
     """Print the table and what it means."""
     print(
         f"{'variant':<18}{'lines':>5}{'val loss':>10}{'difference':>12}{'± 95 %':>9}{'time':>8}{'params':>8}  verdict"
@@ -197,8 +204,9 @@ def show(rows, baseline, config):
     print(f"\nGPT-2: {loss:.4f} nats a byte after {config.steps} steps", end="")
     print(f", ±{spread:.4f} from seed to seed ({seeds})." if spread is not None else f" ({seeds}).")
     print("difference: to GPT-2 with the same seed, so batches and most first weights are the same; its mean")
-    print("and 95 % interval over the seeds. Within noise: the interval holds 0. Of twenty variants that")
-    print("change nothing, one is expected to look real. time, params: of a step, of all that is trained.")
+    print("and 95 % interval over the seeds. time, params: of a step, of all that is trained. Within noise:")
+    print("the interval holds 0", end="")
+    print(f", or the difference is at most {floor:.4f}, as far as `same` may be from GPT-2." if floor else ".")
 
 
 def show_literature(rows):
@@ -219,7 +227,7 @@ def show_mask(ours, without):
     print(f"and GPT-2:\n    | {ours['sample']}")
 
 
-def plot(rows, path, config):
+def plot(rows, path, config, floor):
     """Differences with their intervals; beyond 0.1 nats the axis is logarithmic."""
     rows = [r for r in reversed(rows) if r["difference"] is not None]
     figure, axes = bench.import_pyplot().subplots(figsize=(9, 0.32 * len(rows) + 1.4))
@@ -227,6 +235,7 @@ def plot(rows, path, config):
     for y, r in enumerate(rows):
         color = colors.get(r["verdict"], "gray")
         axes.errorbar(r["difference"], y, xerr=r["interval"] or 0, fmt="o", capsize=4, color=color)
+    axes.axvspan(-floor, floor, color="gray", alpha=0.2)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -277,11 +286,12 @@ def main(argv=None):
         raise
     seeds = [str(seed) for seed in range(config.seed, config.seed + args.seeds)]
     baseline = {seed: runs.of(VARIANTS["gpt2"])["seeds"][seed] for seed in seeds}
-    runs.rows = rows = [compare(VARIANTS[name], runs.of(VARIANTS[name]), baseline) for name in names[1:]]
+    floor = noise_floor(runs, baseline) if "same" in names else 0.0
+    runs.rows = rows = [compare(VARIANTS[name], runs.of(VARIANTS[name]), baseline, floor) for name in names[1:]]
     runs.save()
-    show(rows, list(baseline.values()), config)
+    show(rows, list(baseline.values()), config, floor)
     show_literature(rows)
     if "no-mask" in names:
         show_mask(baseline[seeds[0]], runs.of(VARIANTS["no-mask"])["seeds"][seeds[0]])
     if args.plot:
-        plot(rows, args.plot, config)
+        plot(rows, args.plot, config, floor)

@@ -12,7 +12,8 @@ import torch
 import gpt
 
 from .gradients import change, slope, takes_gradient_of, without_dout
-from .wrong_attention import ATTENTION, LM_LOSS
+from .wrong_attention import ATTENTION
+from .wrong_loss import LM_LOSS
 
 EPS = 1e-5
 
