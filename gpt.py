@@ -398,9 +398,13 @@ def load_tokens(path, tokenizer, block_size):
 
 def random_batch(tokens, B, T, generator):
     """B windows that start anywhere, and the same windows one token later, the targets: (B, T), (B, T)."""
-    starts = torch.randint(len(tokens) - T, (B, 1), generator=generator).numpy()
-    windows = torch.from_numpy(np.asarray(tokens)[starts + np.arange(T + 1)].astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+    return windows(tokens, torch.randint(len(tokens) - T, (B, 1), generator=generator).numpy(), T)
+
+
+def windows(tokens, starts, T):
+    """The T tokens from each of the starts, (B, 1), and those one later: (B, T), (B, T)."""
+    rows = torch.from_numpy(np.asarray(tokens[starts + np.arange(T + 1)], np.int64))
+    return rows[:, :-1], rows[:, 1:]
 
 
 # ------------------------------------------------------------------------------------------------- 6  Training
@@ -429,7 +433,7 @@ class TrainConfig(Options):
     """train a model on a text"""
 
     data: str | None = option(None, "text file in UTF-8; without one, Python's own help texts")
-    tokenizer: str = option("bytes", "how text becomes tokens: bytes or gpt2", "tokenizer in ('bytes', 'gpt2')")
+    tokenizer: str = option("bytes", "how text becomes tokens: bytes or gpt2")
     out: str = option("out", "folder for the checkpoint")
     init: str | None = option(None, "fine-tune: start from a folder or from gpt2, gpt2-medium, ...")
     n_layer: int = option(4, "blocks", "1 <= n_layer <= 1000")
@@ -470,12 +474,12 @@ def learning_rate(step, steps, warmup, lr):
 def evaluate(model, tokens, batch_size, max_windows=None):
     """Mean loss in nats a token over consecutive windows: all of them, or max_windows spread over the whole row."""
     T, training, total, count = model.config.block_size, model.training, 0.0, 0
-    n = math.ceil((len(tokens) - 1) / T)
-    padded = torch.from_numpy(np.pad(np.asarray(tokens, np.int32), (0, n * T + 1 - len(tokens)), constant_values=-1))
+    n, last = math.ceil((len(tokens) - 1) / T), len(tokens) - 1
     model.eval()
-    for starts in torch.linspace(0, n - 1, min(n, max_windows or n)).long().mul(T).split(batch_size):
-        windows = padded[starts[:, None] + torch.arange(T + 1)].long()
-        idx, targets = windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
+    for starts in torch.linspace(0, n - 1, min(n, max_windows or n)).long().clamp(max=n - 1).mul(T).split(batch_size):
+        at = (starts[:, None] + torch.arange(T + 1)).clamp(max=last)  # the last window may reach past the end
+        rows = torch.from_numpy(np.asarray(tokens[at.numpy()], np.int64))
+        idx, targets = rows[:, :-1], rows[:, 1:].masked_fill(at[:, :-1] == last, -1)
         kept = int((targets != -1).sum())
         total, count = total + float(model.loss(idx, targets)) * kept, count + kept
     model.train(training)
@@ -630,7 +634,8 @@ def load_pretrained(cls, path, ops, dropout):
         known |= json.loads(about.get("about", "{}"))  # our files carry it with the weights too; that one counts
         for k, x in (HF_FIXED | dict(n_inner=4 * known["n_embd"])).items():
             expect(known.get(k) in (None, x), f"{k} is {known.get(k)!r}, expected {x!r}")
-        expect(known.get("tokenizer") in (None, "gpt2", "bytes"), f"tokenizer is {known.get('tokenizer')!r}")
+        good = (None, "gpt2", "bytes", "vocab.json")  # the last: its own, in a file that fastgpt reads
+        expect(known.get("tokenizer") in good, f"tokenizer is {known.get('tokenizer')!r}")
         sizes = GPTConfig(**{k: known[theirs] for k, theirs in HF_SIZES.items()}, dropout=dropout)
     with reported_as(f"from_pretrained: {weights} is not what its config says"):
         masks = (".attn.bias", ".attn.masked_bias")  # causal masks, stored as if they were learned
@@ -712,7 +717,9 @@ def load_checkpoint(path, typed, ops, build=build):
 # --------------------------------------------------------------------------------------------- 8  Command line
 
 
-def run_train(typed, ops, train=train, load_tokens=load_tokens, load_checkpoint=load_checkpoint):
+def run_train(
+    typed, ops, train=train, load_tokens=load_tokens, load_checkpoint=load_checkpoint, get_tokenizer=get_tokenizer
+):
     resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     config, step = TrainConfig(**typed), 0
     path = os.path.join(config.out, "training.safetensors")
@@ -733,7 +740,7 @@ def run_train(typed, ops, train=train, load_tokens=load_tokens, load_checkpoint=
             sizes = {name: getattr(config, name) for name in SHAPE}
             model = GPT(GPTConfig(**sizes, vocab_size=tokenizer.n_vocab, dropout=config.dropout), ops)
         optimizer = make_optimizer(model, config.lr, config.beta2, config.weight_decay)
-    tokenizer_of(model, config.tokenizer)  # has no more ids than the model
+    tokenizer_of(model, config.tokenizer, lambda _: tokenizer)  # has no more ids than the model
     n = sum(p.numel() for p in model.parameters())
     print(f"{n:,} parameters, {len(tokens):,} tokens, {len(val):,} to validate")
     os.makedirs(config.out, exist_ok=True)
@@ -751,7 +758,7 @@ class GenerateConfig(Options):
     """continue a prompt"""
 
     model: str = option("out", "folder with a checkpoint, or gpt2, gpt2-medium, ...")
-    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none", "tokenizer in ('bytes', 'gpt2')")
+    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none")
     prompt: str = option("\n", "text to continue")
     max_new_tokens: int = option(200, "tokens to add", "1 <= max_new_tokens <= 1_000_000_000")
     samples: int = option(1, "continuations to draw", "1 <= samples <= 100_000")
@@ -776,7 +783,7 @@ class EvalConfig(Options):
     """loss, perplexity and bits per byte of a text's last tenth"""
 
     model: str = option("out", "folder with a checkpoint, or gpt2, gpt2-medium, ...")
-    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none", "tokenizer in ('bytes', 'gpt2')")
+    tokenizer: str | None = option(None, "bytes or gpt2, if the model names none")
     data: str | None = option(None, "text file in UTF-8; without one, Python's own help texts")
     batch_size: int = option(8, "windows at a time", "1 <= batch_size <= 100_000")
 
@@ -791,9 +798,9 @@ def run_eval(typed, ops):
     print(f"{n:,} tokens: loss {loss:.4f} nats, perplexity {np.exp(loss):.2f}, {bits:.4f} bits per byte")
 
 
-def tokenizer_of(model, name):
+def tokenizer_of(model, name, get=get_tokenizer):
     """The tokenizer of this name, or the one that the model was trained with."""
-    tokenizer, V = get_tokenizer(name or model.tokenizer or "gpt2"), model.config.vocab_size
+    tokenizer, V = get(name or model.tokenizer or "gpt2"), model.config.vocab_size
     expect(tokenizer.n_vocab <= V, f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only {V}")
     return tokenizer
 

@@ -13,7 +13,7 @@ import numpy
 import tiktoken
 import torch
 
-from . import _kernels, bench, check, evaluate, generate, lora, packed, plot, train
+from . import _kernels, bench, check, evaluate, generate, lora, packed, plot, prepare, train
 from .learn import ablate, cost, exercise, ladder, look
 
 
@@ -116,6 +116,7 @@ COMMANDS = {
     "cost": ("parameters, flops, bytes, hours and money of a model, before you pay", lambda argv: cost.main(argv)),
     "exercise": ("write the formulas yourself, be told what is wrong", lambda argv: exercise.main(argv)),
     "ladder": ("from counting to GPT-2, a class at a time", lambda argv: ladder.main(argv)),
+    "prepare": ("make shards of tokens of texts of any size", lambda argv: prepare.main(argv)),
     "train": (
         "train a model; --dtype bfloat16: faster; --ops FILE: on your own functions",
         lambda argv: train.main(argv),

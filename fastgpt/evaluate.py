@@ -7,6 +7,8 @@ loss, which moves up and down with the text, does not.
 
 import argparse
 import math
+import sys
+import warnings
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import torch
 import gpt
 
 from . import data, ops, packed
+from . import tokenizer as tokenizers
 from .decoder import FAST_PROMPTS, Decoder
 from .packed import expect
 
@@ -23,7 +26,7 @@ ROWS = 64  # positions that are compared at once, in float64: 26 MB of GPT-2's v
 def windows(tokens, T):
     """Consecutive ones, the last one shorter, as gpt.py's evaluate takes them: pairs of idx and targets."""
     for start in range(0, len(tokens) - 1, T):
-        piece = torch.from_numpy(np.asarray(tokens[start : start + T + 1], np.int64))
+        piece = torch.from_numpy(tokens[np.arange(start, min(start + T + 1, len(tokens)))].astype(np.int64))
         yield piece[:-1], piece[1:]
 
 
@@ -92,6 +95,29 @@ def load_other(name, base, model, fast_prompts):
     return other
 
 
+def measure(config):
+    """gpt.py's eval in little memory, for shards, and with a folder's own tokenizer, too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"fastgpt eval: {message}", file=sys.stderr)
+        model = gpt.GPT.from_pretrained(config.model, ops).eval()
+    tokenizer = tokenizers.of_model(model, config.model, config.tokenizer)
+    _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
+    try:
+        loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # torch's word for too little memory
+            raise
+        raise MemoryError(gpt.one_line(error)) from error
+    bits = loss * n / math.log(2) / count_bytes(tokens, tokenizer)
+    print(f"{n:,} tokens: loss {loss:.4f} nats, perplexity {np.exp(loss):.2f}, {bits:.4f} bits per byte")
+
+
+def count_bytes(tokens, tokenizer, piece=1 << 18):
+    """How many bytes all tokens but the first spell."""
+    spans = ((start, min(start + piece, len(tokens))) for start in range(1, len(tokens), piece))
+    return sum(len(tokenizer.decode_bytes(tokens[np.arange(*span)].tolist())) for span in spans)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(prog="fastgpt eval", description=f"{gpt.EvalConfig.__doc__}.".capitalize())
     parser.add_argument("folder", nargs="?", help="the same as --model FOLDER")
@@ -113,11 +139,11 @@ def main(argv=None):
     if folder is not None:
         expect("model" not in typed, f"FOLDER is {folder!r} and --model {typed.get('model')!r}, expected one of them")
         typed["model"] = folder
-    if against is None:
-        return gpt.main(["eval", *(f"--{gpt.dashed(k)}={v}" for k, v in typed.items())], ops, prog="fastgpt")
     config = gpt.EvalConfig(**typed)
+    if against is None:
+        return measure(config)
     base = Decoder(config.model)
-    tokenizer = gpt.tokenizer_of(base, config.tokenizer)
+    tokenizer = tokenizers.of_model(base, config.model, config.tokenizer)
     others = [load_other(name, base, config.model, fast_prompts) for name in against]
     _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
     T = min(decoder.config.block_size for decoder in (base, *others))

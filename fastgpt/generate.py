@@ -12,6 +12,7 @@ import torch
 import gpt
 
 from . import _kernels, packed
+from . import tokenizer as tokenizers
 from .decoder import FAST_PROMPTS, Decoder
 from .packed import expect
 
@@ -94,7 +95,7 @@ def main(argv=None):
     expect(all(stops), "--stop is '', expected at least one character")
     expect(not args.lookup or args.samples == 1, f"--samples is {args.samples} with --lookup, expected 1")
     decoder = Decoder(args.model, args.dtype, args.kv_dtype, fast_prompts)
-    tokenizer = gpt.tokenizer_of(decoder, args.tokenizer)
+    tokenizer = tokenizers.of_model(decoder, args.model, args.tokenizer)
     limit = decoder.config.block_size
     start = tokenizer.encode(args.prompt, allowed_special="all") or [tokenizer.eot_token]
     expect(len(start) <= limit, f"--prompt has {len(start)} tokens, expected at most the model's {limit}")

@@ -21,6 +21,7 @@ import torch
 import gpt
 
 from . import _kernels
+from . import tokenizer as tokenizers
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 FILE = "packed.safetensors"
@@ -313,6 +314,8 @@ def quantize(argv=None):
     model = gpt.GPT.from_pretrained(args.folder)
     packed = Packed.from_model(model, args.dtype)
     os.makedirs(args.out, exist_ok=True)
+    if tokenizers.has_files(args.folder):
+        tokenizers.copy_files(args.folder, args.out)
     packed.save(path)
     before = sum(4 * p.numel() for p in model.parameters())
     print(f"{path}: {packed.memory.nbytes:,} bytes in {args.dtype}, {before / packed.memory.nbytes:.2f} times less")
@@ -330,4 +333,6 @@ def dequantize(argv=None):
     packed = Packed.load(os.path.join(args.folder, FILE))
     extra = {"tokenizer": packed.tokenizer} if packed.tokenizer else {}
     packed.to_model().save_pretrained(args.out, **extra)
+    if tokenizers.has_files(args.folder):
+        tokenizers.copy_files(args.folder, args.out)
     print(f"{args.out}: a model of the weights that {args.folder} has in {packed.dtype}")

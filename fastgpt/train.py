@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 
@@ -26,11 +25,12 @@ import torch
 import gpt
 
 from . import _kernels, bfloat16, data, lora, metrics, ops, processes
+from . import tokenizer as tokenizers
 from .learn import exercise
 
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 BEST = ("best/model.safetensors", "best/config.json")
-OTHERS = (*lora.FILES, *(f"best/{name}" for name in lora.FILES), metrics.NAME)
+OTHERS = (*lora.FILES, *(f"best/{name}" for name in lora.FILES), metrics.NAME, *tokenizers.FILES)
 
 
 class Interrupts:
@@ -182,7 +182,7 @@ class Run:
 
     def draw(self):
         """What this step draws its batches with."""
-        return gpt.random_batch
+        return data.batches(self.about["windows"], self.config, self.step)
 
     def suspects(self):
         """Rate and windows of the step that failed: those whose own loss is not finite, or all."""
@@ -190,9 +190,9 @@ class Run:
         batches = gpt.step_batches(positions, T, self.step, self.config, self.draw())
         starts = [start for idx, _ in batches for start in idx[:, 0].tolist()]
         self.model.eval()
-        windows = (torch.from_numpy(self.tokens[start + np.arange(T + 1)].astype(np.int64))[None] for start in starts)
+        windows = (gpt.windows(self.tokens, np.array([[start]]), T) for start in starts)
         with torch.no_grad():
-            finite = [bool(self.model.loss(x[:, :-1], x[:, 1:]).isfinite()) for x in windows]
+            finite = [bool(self.model.loss(idx, targets).isfinite()) for idx, targets in windows]
         bad = [start for start, good in zip(starts, finite, strict=True) if not good] or starts
         rate = self.optimizer.param_groups[0]["lr"]
         return f"learning rate {rate:.4g}, windows that start at tokens {', '.join(map(str, bad))}"
@@ -221,6 +221,8 @@ class Run:
                 path = os.path.join(self.config.out, "best")
                 self.model.save_pretrained(path, tokenizer=self.config.tokenizer, step=self.step, val_loss=val_loss)
                 lora.save(self.model, path, self.config.init)
+                if self.config.tokenizer == tokenizers.OWN:
+                    tokenizers.copy_files(self.config.out, path)
             self.evaluated(val_loss)
             left = (self.config.steps - self.step) * self.per_step / self.speed()
             print(f"step {self.step}: {losses}, {self.speed():,.0f} tokens/s, {left:.0f} s left{best}", flush=True)
@@ -243,15 +245,21 @@ def run(typed, ops, interrupts, team):
             free = resume or overwrite or not there
             gpt.expect(free, f"--out is {out!r}, which holds a checkpoint: {ways}, or take another")
         adapter = {name: typed.pop(name) for name in ("lora", "lora_alpha") if name in typed}
+        folder = data.settle_tokenizer(typed, out)  # of the tokenizer's files, if it has some
         before = say_changes(path, typed) if resume else {}
+        windows = typed.pop("windows", before.get("windows", "random"))
         adapter = lora.settled(adapter, before, typed.get("init"))
 
         def train(model, optimizer, tokens, val, config, step):
             if adapter and not resume:
                 optimizer = lora.begin(model, adapter, config)
-            about = dict(data=described(tokens, val), machine=machine(ops), lora=json.dumps(adapter))
+            about = dict(
+                data=data.describe(tokens, val), windows=windows, machine=machine(ops), lora=json.dumps(adapter)
+            )
             config = shared_out(config, team)
             say_how(config, step, before, about)
+            if config.tokenizer == tokenizers.OWN and folder != out and team.rank == 0:
+                tokenizers.copy_files(folder, out)
             team.expect_same(f"step {step}, {about}, {config}")
             log = metrics.Log(out, held=bool(there) and not resume)
             running = Run(model, optimizer, tokens, val, config, step, interrupts, team, log, about)
@@ -266,8 +274,11 @@ def run(typed, ops, interrupts, team):
             if team.rank > 0:
                 raise Done
 
+        def get_tokenizer(name):
+            return tokenizers.get(folder if name == tokenizers.OWN else name)
+
         load = lora.loader(adapter) if adapter else gpt.load_checkpoint
-        gpt.run_train(typed, ops, train, data.load_tokens, load_checkpoint=load)
+        gpt.run_train(typed, ops, train, data.load_tokens, load_checkpoint=load, get_tokenizer=get_tokenizer)
 
 
 def shared_out(config, team):
@@ -310,10 +321,6 @@ class Done(Exception):
     """The last step is done; the first process does the rest."""
 
 
-def described(tokens, val):
-    return f"{len(tokens) + len(val):,} tokens with CRC-32 {zlib.crc32(val, zlib.crc32(tokens)):08x}"
-
-
 def machine(ops):
     """What the last digits depend on."""
     return f"torch {torch.__version__}, {getattr(ops, '__name__', 'gpt')} on {_kernels.isa()}"
@@ -323,7 +330,7 @@ def say_changes(path, typed):
     """What was typed other than the run's own options. -> what the checkpoint says about itself"""
     with gpt.reported_as(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
-        saved = json.loads(about["options"])
+        saved = json.loads(about["options"]) | {"windows": about.get("windows", "random")}
         changed = [k for k, x in typed.items() if k != "out" and x != saved.get(k, x)]
     if changed:
         words = (f"--{gpt.dashed(k)} {typed[k]} instead of {saved[k]}" for k in changed)
@@ -367,10 +374,14 @@ def remove(folder, names):
 
 def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
-    parser = argparse.ArgumentParser(prog="fastgpt train", description="Train a model on a text.")
+    parser = argparse.ArgumentParser(
+        prog="fastgpt train", description="Train a model on a text, or on shards of tokens."
+    )
     gpt.add_options(parser, gpt.TrainConfig)
     parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank beside --init's weights")
     parser.add_argument("--lora-alpha", type=float, metavar="X", help="their weight is X / R (default: R)")
+    kinds = ("random", "permutation")
+    parser.add_argument("--windows", choices=kinds, help="random, or each once before any repeats (default: random)")
     functions = parser.add_mutually_exclusive_group()
     functions.add_argument(
         "--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names"
