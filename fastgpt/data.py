@@ -348,11 +348,10 @@ def settle_tokenizer(typed, out):
         name = init if init and tokenizers.has_files(init) else tokenizer_of(typed.get("data"))
     if name is None:
         return out
-    own = tokenizers.get(name)
     if name in ("bytes", "gpt2"):
         typed["tokenizer"] = name
         return out
-    typed["tokenizer"] = tokenizers.OWN
+    own, typed["tokenizer"] = tokenizers.get(name), tokenizers.OWN
     if not resume:
         return name
     known = tokenizers.has_files(out) and tokenizers.fingerprint(tokenizers.from_files(out))
