@@ -104,7 +104,7 @@ def compile_file(path, folder):
     files = ["-include", str(folder / "exercises.h"), str(path.absolute()), str(folder / "handler.cpp")]
     compiler, own = find_compiler(), shlex.split(os.environ.get("CXXFLAGS", ""))
     for tuned in (["-march=native"], []):  # not every compiler knows that for every processor
-        command = [*compiler, *FLAGS, *tuned, *own, *files, "-o", str(library)]
+        command = [*compiler, *FLAGS, *tuned, *own, "-Wno-error", *files, "-o", str(library)]
         try:
             made = subprocess.run(
                 command,
