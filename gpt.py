@@ -578,7 +578,7 @@ def load_tensors(path):
     with reported_as(f"{path} can't be read as safetensors"):
         expect(os.path.isfile(path), "it does not exist or is no file")  # a pipe would wait
         with safetensors.safe_open(path, "pt") as file:
-            tensors, about = {k: file.get_tensor(k).clone() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, about = {k: file.get_tensor(k).clone() for k in file.keys()}, file.metadata() or {}
         expect(about.pop("crc32", None) in (None, checksum(tensors, about)), "its CRC-32 does not match")
     return tensors, about
 

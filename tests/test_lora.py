@@ -19,13 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
 def base(data, tmp_path):
     gpt.main(["train", "--out", str(tmp_path / "base"), "--data", data, *TINY, *SIZES])
     return str(tmp_path / "base")

@@ -18,13 +18,6 @@ TINY = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --step
 
 
 @pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
 def runs(data):
     """A function: [(processes, fault, folder, options ...)] -> [(statuses, what was said)], one after another."""
 

@@ -14,15 +14,7 @@ import gpt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --steps 12 --eval-every 4 --sample 5 --warmup 2".split()
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 def train(out, data, *more, ops=None):
