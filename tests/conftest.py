@@ -41,9 +41,13 @@ def ops(request):
     return request.param
 
 
-@pytest.fixture(params=fastgpt._kernels.isas())
+IN_USE = fastgpt._kernels.isa()
+ISAS = [isa if isa == IN_USE else pytest.param(isa, marks=pytest.mark.slow) for isa in fastgpt._kernels.isas()]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
-    """Each instruction set that this processor has, in turn."""
+    """Each instruction set that this processor has, in turn; the quick tests stay with the one in use."""
     before = fastgpt._kernels.isa()
     fastgpt._kernels.set_isa(request.param)
     yield request.param

@@ -1,5 +1,6 @@
 """fastgpt.bfloat16: as exact as the formula whose products round their operands to bfloat16, and refused elsewhere."""
 
+import math
 import os
 import subprocess
 import sys
@@ -79,9 +80,11 @@ def caught(rows):
 # ----------------------------------------------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize(
-    "op, shape", [(op, shape) for op in OPS for shape in check.CASES[op] if shape != (128, 768, 2304)], ids=str
-)
+CASES = [(op, shape) for op in OPS for shape in check.CASES[op] if shape != (128, 768, 2304)]
+QUICK = [case for case in CASES if math.prod(case[1]) < 100_000]
+
+
+@pytest.mark.parametrize("op, shape", [*QUICK, *slow(*(case for case in CASES if case not in QUICK))], ids=str)
 def test_kernel_is_as_exact_as_the_formula_with_rounded_operands(op, shape, isa):
     assert_parity(compare(op, shape))
 
@@ -107,7 +110,7 @@ def test_parity_of_any_shape_strides_and_seed(op, data):
         assert_parity(rows)
 
 
-@pytest.mark.parametrize("D", (5, 16, 64, 80))
+@pytest.mark.parametrize("D", (5, 64, *slow(16, 80)))
 @pytest.mark.parametrize("T", T_SIZES)
 def test_attention_at_awkward_shapes(T, D, isa):
     assert_parity(compare("attention", (2, T, 2, D), seed=T))
@@ -157,6 +160,7 @@ def test_lm_loss_in_several_pieces(isa):
         torch.testing.assert_close(whole[name], join([half[name] for half in halves]) / 2, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_the_formula_with_rounded_operands_is_not_caught(op):
     """Without the kernel, on every processor: the bound holds what it speaks of."""
@@ -305,7 +309,9 @@ def test_refused_in_words_where_there_is_no_instruction_for_it(op, rows, isa_wit
 
 
 @pytest.mark.skipif("avx2" not in _kernels.isas(), reason="no second instruction set that lacks bfloat16")
-@pytest.mark.parametrize("command", (["train", "--dtype", "bfloat16", "--steps", "1"], ["info"], ["check", "--quick"]))
+@pytest.mark.parametrize(
+    "command", (["train", "--dtype", "bfloat16", "--steps", "1"], *slow(["info"], ["check", "--quick"]))
+)
 def test_commands_say_that_there_are_none(command, tmp_path):
     if command[0] == "train":
         command = [*command, "--out", str(tmp_path / "out")]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -37,6 +38,21 @@ def main(argv, ops=None):
 
 def train(out, *more, ops=None):
     main(["train", "--out", str(out), *more], ops)
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    train(folder / "out", "--data", str(text), *TINY)
+    return folder / "out"
+
+
+@pytest.fixture
+def trained(a_run, out):
+    """A folder with a run that has ended: a copy, to do harm to."""
+    return shutil.copytree(a_run, out)
 
 
 def tensors(out):
@@ -316,10 +332,9 @@ def rewritten(path, change):
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip
-def test_wrong_contents_of_a_whole_checkpoint_are_refused(data, out, change, words):
-    train(out, "--data", data, *TINY)
-    rewritten(out / FILES[0], change)
-    refused(["train", "--resume", "--out", str(out)], FILES[0], words)
+def test_wrong_contents_of_a_whole_checkpoint_are_refused(trained, change, words):
+    rewritten(trained / FILES[0], change)
+    refused(["train", "--resume", "--out", str(trained)], FILES[0], words)
 
 
 @pytest.mark.parametrize(
@@ -333,14 +348,13 @@ def test_wrong_contents_of_a_whole_checkpoint_are_refused(data, out, change, wor
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_odd_config_json_of_anothers_weights_is_refused(data, out, config, words):
-    train(out, "--data", data, *TINY)
-    theirs, _ = gpt.load_tensors(out / "model.safetensors")
-    gpt.save_tensors(out / "model.safetensors", theirs)  # as another program writes it: no configuration in it
+def test_odd_config_json_of_anothers_weights_is_refused(trained, config, words):
+    theirs, _ = gpt.load_tensors(trained / "model.safetensors")
+    gpt.save_tensors(trained / "model.safetensors", theirs)  # as another program writes it: no configuration in it
     if isinstance(config, dict):
-        config = json.dumps(json.loads((out / "config.json").read_text()) | config)
-    (out / "config.json").write_text(config, encoding="latin-1")
-    refused(["generate", "--model", str(out)], str(out), words)
+        config = json.dumps(json.loads((trained / "config.json").read_text()) | config)
+    (trained / "config.json").write_text(config, encoding="latin-1")
+    refused(["generate", "--model", str(trained)], str(trained), words)
 
 
 @pytest.mark.parametrize("offsets", ([-8, 56], [0, 128], [64, 64], [10**18, 10**18 + 64], [1, 65], [0, 63]))

@@ -33,6 +33,7 @@ def fastgpt_command(*argv, cwd, **env):
     )
 
 
+@pytest.mark.slow
 def test_info_tells_versions_instruction_set_and_threads(tmp_path):
     run = fastgpt_command("info", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -62,6 +63,7 @@ def test_check_prints_a_table_and_succeeds(tmp_path):
     assert "bound" in run.stdout and "FAILED" not in run.stdout
 
 
+@pytest.mark.slow
 def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(check, "CASES", {"gelu": check.CASES["gelu"]})
     monkeypatch.setattr(check.ops, "gelu", torch.nn.functional.gelu)  # the erf form

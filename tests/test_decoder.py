@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from parity import slow
 
 import fastgpt
 import gpt
@@ -221,7 +222,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int8"))
+@pytest.mark.parametrize("dtype", ("float32", *slow("bfloat16", "int8")))
 @pytest.mark.parametrize("config", LONG.values(), ids=LONG)
 def test_greedy_tokens_are_transformers_except_at_near_ties(config, dtype, tmp_path):
     """On the rounded weights. A tie is near where the best logits are closer than 2e-5 of the largest logit."""

@@ -59,6 +59,7 @@ def written(tmp_path, text, name="mine.py"):
 # ------------------------------------------------------------------------------------------------ right answers
 
 
+@pytest.mark.slow
 def test_right_answers_in_python_pass():
     right, text = check_file(RIGHT / "right.py")
     assert right, text
@@ -587,6 +588,7 @@ def test_a_gpt_trains_on_functions_of_a_file():
     assert torch.equal(model.generate(idx, 8, 0.0), gpt.GPT.generate(model, idx, 8, 0.0))
 
 
+@pytest.mark.slow
 def test_one_function_of_a_file_stands_among_our_kernels(tmp_path):
     text = "import torch\ndef gelu(x): return torch.nn.functional.gelu(x, approximate='tanh')\n"
     ops = exercise.load_ops(written(tmp_path, text))

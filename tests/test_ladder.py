@@ -89,6 +89,7 @@ def test_counting_rungs_reach_the_loss_of_counts_by_dictionary(number, longest, 
     assert experiment.val_loss(model, val) == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, longest", COUNTS.items())
 def test_counting_rungs_reach_the_loss_of_counts_by_dictionary_on_the_default_text(number, longest):
     train, val = gpt.load_tokens(None, ladder.Uniform.tokenizer, 64)

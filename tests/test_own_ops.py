@@ -32,6 +32,7 @@ def weights(out):
     return gpt.load_tensors(f"{out}/model.safetensors")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*as ops")
 def test_a_file_of_right_functions_trains_the_same_model_as_the_kernels():
     assert not run("--ops", str(RIGHT), "--out", "mine") and not run("--out", "kernels")
