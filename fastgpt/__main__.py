@@ -13,6 +13,8 @@ import numpy
 import tiktoken
 import torch
 
+import gpt
+
 from . import _kernels, bench, check, evaluate, generate, lora, packed, plot, prepare, train
 from .learn import ablate, cost, exercise, ladder, look
 
@@ -166,9 +168,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word for too little memory
+            raise
         if not isinstance(error, BrokenPipeError):
-            print(f"{prog}: error: {error}", file=sys.stderr)
+            print(
+                f"{prog}: error: {gpt.one_line(error) if isinstance(error, RuntimeError) else error}", file=sys.stderr
+            )
         drop_what_cannot_be_written()
         return 1
 

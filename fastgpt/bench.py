@@ -26,42 +26,23 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 import gpt
 
-from . import _kernels, bfloat16, check, ops
-
-
-def torch_attention(qkv, n_head):
-    """torch's fused attention, and the transposes that it needs around it."""
-    q, k, v = (x.unflatten(-1, (n_head, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-
-
-TORCH = SimpleNamespace(
-    layer_norm=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
-    gelu=lambda x: F.gelu(x, approximate="tanh"),
-    linear=F.linear,
-    linear_gelu=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
-    attention=torch_attention,
-    lm_loss=lambda hidden, weight, targets: F.cross_entropy(
-        F.linear(hidden, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
-    ),
-)
+from . import _kernels, bfloat16, check, ops, torch_ops
 
 TURN = 0.01  # seconds
 
 
 def contestants(op, compiled):
     """{name: function} of the formula, of torch's ways to compute it, and of the kernel, which comes last."""
-    ways = {"formula": getattr(check.FORMULAS, op), "torch": getattr(TORCH, op)}
+    ways = {"formula": getattr(check.FORMULAS, op), "torch": getattr(torch_ops, op)}
     if compiled:
         torch.compiler.reset()
-        ways["compile"] = torch.compile(getattr(TORCH, op))
+        ways["compile"] = torch.compile(getattr(torch_ops, op))
     if op == "lm_loss" and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
         options = torch.nn.LinearCrossEntropyOptions(acc_policy="compact")  # of its policies the fastest here
         ways["fused"] = lambda hidden, weight, targets: F.linear_cross_entropy(
@@ -72,10 +53,10 @@ def contestants(op, compiled):
 
 def contestants_in_bfloat16(op, compiled):
     """{name: function} of the float32 kernel, of torch's ways under bfloat16 autocast, and of the bfloat16 kernel."""
-    ways = {"float32": getattr(ops, op), "torch": under_autocast(getattr(TORCH, op))}
+    ways = {"float32": getattr(ops, op), "torch": under_autocast(getattr(torch_ops, op))}
     if compiled:
         torch.compiler.reset()
-        ways["compile"] = under_autocast(torch.compile(getattr(TORCH, op)))
+        ways["compile"] = under_autocast(torch.compile(getattr(torch_ops, op)))
     return ways | {"kernel": getattr(bfloat16, op)}
 
 
@@ -284,12 +265,12 @@ def bench_models(quick, seconds, limit, compiled, in_bfloat16=False):
     if not quick:
         cases.append(("124M", gpt.GPTConfig(block_size=256), 1))
     for title, config, B in cases:
-        models = {beside: gpt.GPT(config, ops if in_bfloat16 else None), "torch": gpt.GPT(config, TORCH)}
+        models = {beside: gpt.GPT(config, ops if in_bfloat16 else None), "torch": gpt.GPT(config, torch_ops)}
         models["kernel"] = gpt.GPT(config, kernels)
         losses = {name: autocast(model.loss) if name == "torch" else model.loss for name, model in models.items()}
         if compiled:
             torch.compiler.reset()
-            models["compile"] = gpt.GPT(config, TORCH)
+            models["compile"] = gpt.GPT(config, torch_ops)
             losses["compile"] = autocast(torch.compile(models["compile"].loss))
         optimizers = {name: gpt.make_optimizer(model, 1e-4, 0.99, 0.1) for name, model in models.items()}
         tokens = torch.randint(config.vocab_size, (B, config.block_size + 1))
@@ -354,7 +335,7 @@ def attention_memory(what, T):
     """MiB that attention forward+backward of B1 H12 D64 takes on top of qkv. Once in a process."""
     qkv = torch.randn(1, T, 3 * 768, requires_grad=True)
     before = peak_memory()
-    {"kernel": ops.attention, "torch": torch_attention}[what](qkv, 12).sum().backward()
+    {"kernel": ops.attention, "torch": torch_ops.attention}[what](qkv, 12).sum().backward()
     return peak_memory() - before
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import gpt
 
-from . import _kernels, bench, bfloat16, ops
+from . import _kernels, bench, bfloat16, ops, torch_ops
 
 CASES = {  # title: model, B
     "0.8M B12 T64": (gpt.GPTConfig(4, 4, 128, 64, 257), 12),
@@ -38,14 +38,14 @@ def sharing(model, formulas):
 
 def contestants(model, compiled):
     """{name: loss function}: torch's ways, and fastgpt's, each in float32 and, if the processor can, in bfloat16."""
-    losses = {"torch float32": sharing(model, bench.TORCH).loss}
+    losses = {"torch float32": sharing(model, torch_ops).loss}
     if compiled:
         torch.compiler.reset()
-        losses["compile float32"] = torch.compile(sharing(model, bench.TORCH).loss)
+        losses["compile float32"] = torch.compile(sharing(model, torch_ops).loss)
     losses["fastgpt float32"] = sharing(model, ops).loss
     if _kernels.has_bfloat16():
         for name in [name for name in losses if not name.startswith("fastgpt")]:
-            loss = sharing(model, bench.TORCH).loss
+            loss = sharing(model, torch_ops).loss
             loss = bench.under_autocast(torch.compile(loss) if name.startswith("compile") else loss)
             losses[name.replace("float32", "bfloat16")] = loss
         losses["fastgpt bfloat16"] = sharing(model, bfloat16).loss

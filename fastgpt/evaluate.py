@@ -102,12 +102,7 @@ def measure(config):
         model = gpt.GPT.from_pretrained(config.model, ops).eval()
     tokenizer = tokenizers.of_model(model, config.model, config.tokenizer)
     _, tokens = data.load_tokens(config.data, tokenizer, block_size=1)
-    try:
-        loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # torch's word for too little memory
-            raise
-        raise MemoryError(gpt.one_line(error)) from error
+    loss, n = gpt.evaluate(model, tokens, config.batch_size), len(tokens) - 1
     bits = loss * n / math.log(2) / count_bytes(tokens, tokenizer)
     print(f"{n:,} tokens: loss {loss:.4f} nats, perplexity {np.exp(loss):.2f}, {bits:.4f} bits per byte")
 

@@ -14,6 +14,8 @@ import os
 import time
 import zlib
 
+import torch
+
 import gpt
 
 from . import _kernels
@@ -102,6 +104,18 @@ def limit(in_bfloat16=False):
         start = time.perf_counter()
         flops = _kernels.multiply_add_work(200_000, in_bfloat16)
         best = max(best, flops / (time.perf_counter() - start))
+    return best
+
+
+def matmul_limit(device, dtype, n=4096):
+    """What torch's matrix products reach on a GPU, in flops a second: the best of 10 of n x n matrices."""
+    a, best = torch.ones(n, n, dtype=dtype, device=device), 0.0
+    for _ in range(10):
+        torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        torch.accelerator.synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
 
 

@@ -284,15 +284,12 @@ def load(source, dtype=None):
     return packed
 
 
-CONFIG = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", block_size="n_positions", vocab_size="vocab_size")
-
-
 def compare_config(packed, path, weights):
     if not os.path.exists(path):
         return
     with reading(path), open(path, encoding="utf-8") as file:
         beside = json.load(file)
-        for ours, theirs in CONFIG.items():
+        for ours, theirs in gpt.HF_SIZES.items():
             value, other = getattr(packed.config, ours), beside.get(theirs)
             expect(value == other, f"{theirs} is {other}, but {value} in {weights}")
 

@@ -32,7 +32,7 @@ class Alone:
 
     def start(self):
         """A process group of one, for a run that several began."""
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
 
     def expect_same(self, what):
         """Before the first step: ValueError in each process if they were started on other things."""
@@ -50,8 +50,7 @@ class Team(Alone):
     """The processes that torchrun started."""
 
     def __init__(self):
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend)
+        dist.init_process_group(backend())
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
 
     def start(self):
@@ -67,6 +66,11 @@ class Team(Alone):
         rows = [torch.empty(len(row), dtype=torch.float64) for _ in range(self.n)]
         dist.all_gather(rows, torch.tensor(row, dtype=torch.float64))
         return [row.tolist() for row in rows]
+
+
+def backend():
+    """What carries the tensors of each device. What isn't a gradient is on the CPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
 @contextmanager
@@ -155,7 +159,7 @@ class Shared:
             total = parts[0]
             for part in parts[1:]:
                 total += part
-        future = torch.futures.Future()
+        future = torch.futures.Future(devices=[own.device] if own.is_cuda else [])
         future.set_result(total)
         return future
 

@@ -24,7 +24,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bfloat16, data, lora, metrics, ops, processes
+from . import _kernels, bfloat16, data, device, lora, metrics, ops, processes, torch_ops
 from . import tokenizer as tokenizers
 from .learn import exercise
 
@@ -69,14 +69,16 @@ class Interrupts:
 class Run:
     """A run under way: its steps, evaluations and checkpoints, and what these say beyond gpt.py's."""
 
-    def __init__(self, model, optimizer, tokens, val, config, step, interrupts, team, log, about):
-        self.model, self.optimizer, self.tokens, self.val, self.config = model, optimizer, tokens, val, config
+    def __init__(self, model, optimizer, place, tokens, val, config, step, interrupts, team, log, about):
+        self.saves = model, optimizer
+        self.model, self.optimizer = place.settle(model, optimizer, config)
+        self.tokens, self.val, self.config = tokens, val, config
         self.interrupts, self.team, self.log, self.about = interrupts, team, log, about
         self.step = self.saved = self.first = step
         self.per_step = config.batch_size * model.config.block_size * config.accumulate
         self.shares, self.best, self.last = team.n, math.inf, dict(tokens=step * self.per_step, seconds=0.0)
         self.row = None  # of metrics.jsonl, which waits for its evaluation
-        self.limit = sum(x for (x,) in team.gather([metrics.limit(model.ops.linear is bfloat16.linear)]))
+        self.limit = sum(x for (x,) in team.gather([place.limit(model.ops)]))
         frozen = len(gpt.trained(model)) < len([*model.parameters()])  # the count knows nothing of those
         self.flops = None if frozen else metrics.flops(model.config, self.per_step)
 
@@ -203,12 +205,18 @@ class Run:
             self.log.sync()
             rest = dict(size=self.log.size, crc=self.log.crc, complete=not self.row, row=self.last)
             rest |= dict(best=self.best, shares=self.shares)
-            gpt.save_checkpoint(self.model, self.optimizer, self.step, self.config, run=json.dumps(rest), **self.about)
-            lora.save(self.model, self.config.out, self.config.init)
+            model, optimizer = self.fetched()
+            gpt.save_checkpoint(model, optimizer, self.step, self.config, run=json.dumps(rest), **self.about)
+            lora.save(model, self.config.out, self.config.init)
             if self.log.held:  # the folder was another run's until now
                 remove(self.config.out, [name for name in (*BEST, *OTHERS) if name.startswith("best/")])
             self.log.release()
         self.saved = self.step
+
+    def fetched(self):
+        """Model and optimizer as they are now, on the CPU."""
+        device.fetch(*self.saves, self.model, self.optimizer)
+        return self.saves
 
     def evaluate(self):
         """Measure, keep the weights if they are the best so far, and complete the row of this step."""
@@ -218,9 +226,9 @@ class Run:
             losses = f"loss {self.row['loss']:.4f}, val loss {val_loss:.4f}"
             best = " (the best so far)" if val_loss < self.best and self.best < math.inf else ""
             if val_loss < self.best and self.team.rank == 0:
-                path = os.path.join(self.config.out, "best")
-                self.model.save_pretrained(path, tokenizer=self.config.tokenizer, step=self.step, val_loss=val_loss)
-                lora.save(self.model, path, self.config.init)
+                path, (model, _) = os.path.join(self.config.out, "best"), self.fetched()
+                model.save_pretrained(path, tokenizer=self.config.tokenizer, step=self.step, val_loss=val_loss)
+                lora.save(model, path, self.config.init)
                 if self.config.tokenizer == tokenizers.OWN:
                     tokenizers.copy_files(self.config.out, path)
             self.evaluated(val_loss)
@@ -233,7 +241,7 @@ class Run:
         self.write_row()
 
 
-def run(typed, ops, interrupts, team):
+def run(typed, ops, place, interrupts, team):
     """gpt.run_train, in a folder that is this run's alone, with what differs from before said."""
     out, resume, overwrite = typed.get("out", "out"), typed.get("resume"), typed.get("overwrite")
     path = os.path.join(out, FILES[0])
@@ -254,7 +262,7 @@ def run(typed, ops, interrupts, team):
             if adapter and not resume:
                 optimizer = lora.begin(model, adapter, config)
             about = dict(
-                data=data.describe(tokens, val), windows=windows, machine=machine(ops), lora=json.dumps(adapter)
+                data=data.describe(tokens, val), windows=windows, machine=machine(ops, place), lora=json.dumps(adapter)
             )
             config = shared_out(config, team)
             say_how(config, step, before, about)
@@ -262,7 +270,7 @@ def run(typed, ops, interrupts, team):
                 tokenizers.copy_files(folder, out)
             team.expect_same(f"step {step}, {about}, {config}")
             log = metrics.Log(out, held=bool(there) and not resume)
-            running = Run(model, optimizer, tokens, val, config, step, interrupts, team, log, about)
+            running = Run(model, optimizer, place, tokens, val, config, step, interrupts, team, log, about)
             if resume:
                 running.shares = 1  # if gpt.py began it
             if "run" in before:
@@ -321,9 +329,9 @@ class Done(Exception):
     """The last step is done; the first process does the rest."""
 
 
-def machine(ops):
+def machine(ops, place):
     """What the last digits depend on."""
-    return f"torch {torch.__version__}, {getattr(ops, '__name__', 'gpt')} on {_kernels.isa()}"
+    return f"torch {torch.__version__}, {getattr(ops, '__name__', 'gpt')} on {place}"
 
 
 def say_changes(path, typed):
@@ -372,6 +380,25 @@ def remove(folder, names):
             os.remove(os.path.join(folder, name))
 
 
+def choose(typed, ops):
+    """The functions to train on, and the place, as the options say. ValueError where these don't go together."""
+    own, in_bfloat16 = typed.pop("ops", None), typed.pop("dtype", None) == "bfloat16"
+    where = device.find(typed.pop("device", "cpu"))
+    kernels, compiled = where.type == "cpu" and own != "torch", typed.pop("compile", False)
+    gpt.expect(not (kernels and compiled), "--compile is for torch's functions, expected --ops torch with it")
+    if not kernels:
+        ops = torch_ops
+    elif in_bfloat16:
+        gpt.expect(not own, f"--dtype is bfloat16 with --ops {own}, expected float32, as its functions compute")
+        _kernels.expect_bfloat16("--dtype bfloat16")
+        ops = bfloat16
+    if own not in (None, "torch"):
+        on_cpu = f"--ops is {own!r} with --device {where}, expected a Python file: C++ runs on the CPU"
+        gpt.expect(where.type == "cpu" or not exercise.is_cpp(own), on_cpu)
+        ops = exercise.load_ops(own, ops)
+    return ops, device.Place(where, in_bfloat16 and not kernels, compiled)
+
+
 def main(argv=None, ops=ops):
     """`fastgpt train`. Ends with status 1 and one line for an error of use, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(
@@ -382,24 +409,20 @@ def main(argv=None, ops=ops):
     parser.add_argument("--lora-alpha", type=float, metavar="X", help="their weight is X / R (default: R)")
     kinds = ("random", "permutation")
     parser.add_argument("--windows", choices=kinds, help="random, or each once before any repeats (default: random)")
-    functions = parser.add_mutually_exclusive_group()
-    functions.add_argument(
-        "--ops", metavar="FILE", help="Python file with functions of your own, by the formulas' names"
-    )
+    what = "Python or C++ file with functions of your own, by the formulas' names; or torch, for its own fused ones"
+    parser.add_argument("--ops", metavar="FILE|torch", help=what)
     what = "of the operands of matrix products; all else is float32 (default: float32)"
-    functions.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=what)
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; all but cpu on torch's functions (default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="torch's functions by torch.compile")
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
     try:
-        if typed.pop("dtype", None) == "bfloat16":
-            _kernels.expect_bfloat16("--dtype bfloat16")
-            ops = bfloat16
-        if "ops" in typed:
-            ops = exercise.load_ops(typed.pop("ops"))
+        ops, place = choose(typed, ops)
         with warnings.catch_warnings(), one_of(processes.team()) as team:
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
-            run(typed, ops, interrupts, team)
+            run(typed, ops, place, interrupts, team)
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + (interrupts.number or signal.SIGINT))

@@ -312,3 +312,19 @@ def test_the_command_is_installed():
     assert command, "no `fastgpt` beside this Python"
     run = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout == f"{VERSION}\n"
+
+
+def test_too_little_memory_is_one_line_for_every_command_and_a_fault_is_a_traceback(monkeypatch, capsys):
+    """torch's message has several lines; other RuntimeErrors are faults of the program."""
+
+    def fail(message):
+        raise RuntimeError(message)
+
+    torchs = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator:\n can't allocate memory: 9 bytes"
+    monkeypatch.setitem(front.COMMANDS, "eval", ("", lambda argv: fail(torchs)))
+    assert front.main(["eval"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastgpt eval: error: ") and said.count("\n") == 1 and "can't allocate memory" in said
+    monkeypatch.setitem(front.COMMANDS, "eval", ("", lambda argv: fail("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        front.main(["eval"])

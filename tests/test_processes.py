@@ -75,6 +75,14 @@ def test_processes_equal_one_with_as_many_batches_bit_for_bit(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_on_torchs_functions_equal_one_bit_for_bit(runs, tmp_path):
+    more = ("--accumulate", "2", "--ops", "torch", "--dropout", "0.1")
+    said = runs((1, None, tmp_path / "one", *more), (2, None, tmp_path / "two", *more))
+    assert all(set(statuses) == {0} for statuses, _ in said), said
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_any_number_of_processes_bit_for_bit(runs, tmp_path):
     """Begun by one or by two, with four batches a step; gone on with by others, twice."""
     cases, begins = [], {1: (2, 4), 2: (4, 1)}

@@ -237,7 +237,7 @@ def test_an_interrupt_during_an_evaluation_keeps_its_step(train, out, tmp_path, 
 
 def test_another_machine_or_text_than_before_is_said(train, data, out, monkeypatch, capsys):
     train(out)
-    monkeypatch.setattr(fastgpt.train, "machine", lambda ops: "torch 9.9, abacus")
+    monkeypatch.setattr(fastgpt.train, "machine", lambda *_: "torch 9.9, abacus")
     Path(data).write_text("a text of another kind, " * 100)
     capsys.readouterr()
     train(out, "--resume", "--steps", "10")

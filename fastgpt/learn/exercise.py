@@ -337,8 +337,8 @@ def show_next(path, found, file=None):
 # ------------------------------------------------------------------------------------------------------- live
 
 
-def load_ops(path):
-    """fastgpt's ops, with a file's own functions in the places of those of the same names: for gpt.GPT(config, ops).
+def load_ops(path, others=ops):
+    """fastgpt's ops, or others, with a file's own functions in the places of those of the same names: for gpt.GPT.
 
     Python functions run as they are, with their own backward where there is one; C++ ones are compiled and called
     through ctypes, with their own backward or gpt.py's formula for it. Each is first tried on a small input in a
@@ -354,7 +354,7 @@ def load_ops(path):
         with Sandbox(path, library) as sandbox:
             written = {name: probe(sandbox, name, names) for name in found}
         module = native.Library(library) if library else import_file(path)
-    given = {name: getattr(ops, name) for name in check.CASES}
+    given = {name: getattr(others, name) for name in check.CASES}
     for name in found:
         given[name] = op_of(module, EXERCISES[name], written[name])
     if "linear_gelu" in found:
