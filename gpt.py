@@ -292,8 +292,8 @@ def check_tokens(idx, past, config):
 class KVCache:
     """One layer's queries, keys and values of all positions so far: a new token pays for one position, not for T."""
 
-    def __init__(self, B, config, dtype):
-        self.qkv, self.length = torch.empty(B, config.block_size, 3 * config.n_embd, dtype=dtype), 0
+    def __init__(self, B, config, dtype, device=None):
+        self.qkv, self.length = torch.empty(B, config.block_size, 3 * config.n_embd, dtype=dtype, device=device), 0
 
     def attention(self, qkv, n_head, formula):
         """The formula's result at new positions, which see those before them: (B, t, 3C) -> (B, t, C).
@@ -327,7 +327,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     try:
         for _ in range(max_new_tokens):
             if caches is None or caches[0].length == model.config.block_size:  # at the start; when the window slides
-                caches = [KVCache(len(idx), model.config, model.wte.weight.dtype) for _ in model.h]
+                caches = [KVCache(len(idx), model.config, model.wte.weight.dtype, idx.device) for _ in model.h]
                 new = idx[:, -model.config.block_size :]
             logits = model.ops.linear(model.hidden(new, caches)[:, -1], model.wte.weight)  # (B, V)
             new = sample(logits, temperature, top_k, top_p, rng)  # (B, 1)
@@ -356,7 +356,7 @@ def sample(logits, temperature, top_k, top_p, rng):
         before = nn.functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
         probs[before >= top_p] = 0.0
     sums = probs.cumsum(-1)  # (B, k)
-    u = torch.tensor([rng.random() for _ in probs], dtype=torch.float64)[:, None] * sums[:, -1:]
+    u = probs.new_tensor([rng.random() for _ in probs])[:, None] * sums[:, -1:]
     return tokens.gather(-1, torch.searchsorted(sums, u, right=True))
 
 
@@ -567,7 +567,7 @@ def sync(path):
 
 def save_tensors(path, tensors, about=None):
     """A safetensors file: tensors by name, strings about them, and a CRC-32 of all that."""
-    tensors, about = {k: x.detach().contiguous() for k, x in tensors.items()}, {"format": "pt", **(about or {})}
+    tensors, about = {k: x.detach().cpu().contiguous() for k, x in tensors.items()}, {"format": "pt", **(about or {})}
     about["crc32"] = checksum(tensors, about)
     with reported_as(f"{path} could not be written"):
         write_whole(path, lambda name: safetensors.torch.save_file(tensors, name, about))

@@ -201,7 +201,9 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0, seed: int = 0, *, 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """gpt.py's attend, for the few new queries of a cache: there, the time is the time to read keys and values once."""
     past = k.shape[-2] - q.shape[-2]
-    mask = None if q.shape[-2] == 1 else torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(past)
+    mask = (
+        None if q.shape[-2] == 1 else torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(past)
+    )
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q, k, v, mask)
 
