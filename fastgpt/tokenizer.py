@@ -99,7 +99,7 @@ def read_files(folder):
 
 
 def from_files(folder):
-    """The Encoding of a folder's files. What is neither a byte nor a merge is a special token, and so is what was added.
+    """The Encoding of a folder's files. What is neither a byte nor a merge, or was added, is a special token.
 
     ValueError if tiktoken, which merges by id, would not follow the merges.
     """
