@@ -129,7 +129,10 @@ COMMANDS = {
     "quantize": ("pack a model's weights for generation, smaller", lambda argv: packed.quantize(argv)),
     "dequantize": ("make a plain model of packed weights", lambda argv: packed.dequantize(argv)),
     "look": ("open a model: a page of what happens in it while it reads a text", lambda argv: look.main(argv)),
-    "eval": ("loss, perplexity and bits per byte of a text; or against other dtypes", lambda argv: evaluate.main(argv)),
+    "eval": (
+        "loss and bits per byte of a text, multiple choice; against other models",
+        lambda argv: evaluate.main(argv),
+    ),
 }
 
 

@@ -40,6 +40,18 @@ def load_tokens(path, tokenizer, block_size):
     return train, val
 
 
+def load_all(path, tokenizer):
+    """The same text or shards as one row, none kept apart."""
+    if holds_shards(path):
+        row = Tokens([shard for part in load_shards(path, tokenizer) for shard in part.shards])
+    else:
+        with open_text(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            row = encode(file, 0, size, tokenizer, np.empty(size, token_type(tokenizer.n_vocab)))
+    gpt.expect(len(row) > 1, f"--data gives {len(row)} tokens, expected 2 or more")
+    return row
+
+
 def describe(train, val):
     """A line on the rows, which differs if they do."""
     crc = 0

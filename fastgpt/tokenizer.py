@@ -1,7 +1,8 @@
 """Tokenizers by name, bytes or gpt2, and those that a folder brings along: its vocab.json and merges.txt.
 
 These two files are how GPT-2 was released and how Hugging Face keeps a byte-level BPE: each token's id, and which two
-tokens are merged, the first pair first. Bytes stand there as printable characters.
+tokens are merged, the first pair first. Bytes stand there as printable characters. transformers 5 writes both into
+tokenizer.json alone; there, or in added_tokens.json, are the tokens that were added to a vocabulary later.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ import tiktoken
 
 import gpt
 
-FILES = ("vocab.json", "merges.txt")
+FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
+NEEDED = "vocab.json and merges.txt, or tokenizer.json"
 OWN = FILES[0]  # the name in a checkpoint and in meta.json for the tokenizer whose files lie beside it
 EOT = "<|endoftext|>"
 GPT2 = "c2adac633cbc8dba723d5ef3ee4a851b8a1a3e0581e3d65f3d86a3b81354fc17"  # its fingerprint
@@ -26,25 +28,26 @@ def get(name):
     if name in ("bytes", "gpt2"):
         return gpt.get_tokenizer(name)
     good = isinstance(name, str) and has_files(name)
-    gpt.expect(good, f"tokenizer is {name!r}, expected 'gpt2', 'bytes' or a folder with {' and '.join(FILES)}")
+    gpt.expect(good, f"tokenizer is {name!r}, expected 'gpt2', 'bytes' or a folder with {NEEDED}")
     return from_files(name)
 
 
 def of_model(model, folder, typed=None):
     """A model's tokenizer: what is typed, else what its config says, else its folder's own files, else GPT-2's."""
     own, said = has_files(folder), model.tokenizer
-    lacks = f"{folder} lacks {' and '.join(FILES)}, which its config names as its tokenizer"
+    lacks = f"{folder} lacks {NEEDED}, which its config names as its tokenizer"
     gpt.expect(own or typed or said != OWN, lacks)
     name = typed or (said if said != OWN else None) or (folder if own else "gpt2")
     return gpt.tokenizer_of(model, name, get)
 
 
 def has_files(folder):
-    return all(os.path.isfile(os.path.join(folder, name)) for name in FILES)
+    vocabulary, merges, _, both = (os.path.isfile(os.path.join(folder, name)) for name in FILES)
+    return vocabulary and merges or both
 
 
 def copy_files(folder, into):
-    for name in FILES:
+    for name in filter(lambda name: os.path.isfile(os.path.join(folder, name)), FILES):
         source = os.path.join(folder, name)
         gpt.write_whole(os.path.join(into, name), lambda path, source=source: shutil.copyfile(source, path))
 
@@ -67,20 +70,50 @@ def byte_characters():
     return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def from_files(folder):
-    """The Encoding of a folder's vocab.json and merges.txt. Other entries than bytes and merges are special tokens.
+def read_files(folder):
+    """-> a folder's vocabulary {token: id}, its merges as pairs, and what was added to it {text: id}"""
 
-    ValueError if tiktoken, which merges by id, would not follow merges.txt.
-    """
-    paths = [os.path.join(folder, name) for name in FILES]
-    with gpt.reported_as(f"{' and '.join(paths)} are no byte-level BPE as GPT-2's"):
-        with open(paths[0], encoding="utf-8") as file:
-            vocabulary = json.load(file)
-        with open(paths[1], encoding="utf-8") as file:
+    def read_json(name, absent):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            return absent
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+    whole = read_json("tokenizer.json", None)
+    added = read_json("added_tokens.json", {})
+    if whole is not None:
+        added |= {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+    if all(os.path.isfile(os.path.join(folder, name)) for name in FILES[:2]):
+        with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
             rows = [row.split() for row in file.read().split("\n") if row and not row.startswith("#version")]
+        return read_json("vocab.json", None), rows, added
+    model, before = whole["model"], whole.get("pre_tokenizer") or {}
+    about = model["type"], whole.get("normalizer"), before.get("type"), before.get("add_prefix_space")
+    expected = "BPE", None, "ByteLevel", False
+    gpt.expect(
+        about == expected, f"model, normalizer, pre_tokenizer, add_prefix_space are {about}, expected {expected}"
+    )
+    gpt.expect(before.get("use_regex", True), "pre_tokenizer has no regular expression, expected GPT-2's")
+    return model["vocab"], [row.split() if isinstance(row, str) else row for row in model["merges"]], added
+
+
+def from_files(folder):
+    """The Encoding of a folder's files. What is neither a byte nor a merge, or was added, is a special token.
+
+    ValueError if tiktoken, which merges by id, would not follow the merges.
+    """
+    found = [path for name in FILES if os.path.isfile(path := os.path.join(folder, name))]
+    with gpt.reported_as(f"{' and '.join(found)} are no byte-level BPE as GPT-2's"):
+        vocabulary, rows, added = read_files(folder)
         good = isinstance(vocabulary, dict) and all(isinstance(id, int) and id >= 0 for id in vocabulary.values())
         gpt.expect(good, "vocab.json is not an object of ids")
-        gpt.expect(len(set(vocabulary.values())) == len(vocabulary), "two tokens in vocab.json have the same id")
+        for token, id in added.items():
+            good = type(id) is int and id >= 0 and vocabulary.setdefault(token, id) == id
+            gpt.expect(good, f"the added token {token!r} has id {id!r}, but {vocabulary.get(token)} in vocab.json")
+        gpt.expect(
+            len(set(vocabulary.values())) == len(vocabulary), "two tokens in vocab.json, or added, have the same id"
+        )
         gpt.expect(EOT in vocabulary, f"vocab.json lacks {EOT}")
         to_byte = byte_characters()
         missing = [c for c in to_byte if c not in vocabulary]

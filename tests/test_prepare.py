@@ -672,6 +672,57 @@ def test_damaged_vocabularies_are_refused(what, vocabulary):
     assert "\n" not in str(error.value)
 
 
+def saved_by_transformers(vocabulary, folder):
+    """With tokens added, as transformers 5 saves it: in tokenizer.json alone."""
+    from transformers import GPT2Tokenizer
+
+    theirs = GPT2Tokenizer.from_pretrained(vocabulary)
+    theirs.add_special_tokens(dict(pad_token="[PAD]"))
+    theirs.add_tokens(["<user>"])
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def test_added_tokens_and_a_tokenizer_json_alone_are_read(vocabulary):
+    theirs = saved_by_transformers(vocabulary, "saved")
+    assert not os.path.exists("saved/vocab.json") and not tokenizers.has_files(".")
+    own = tokenizers.get("saved")
+    assert own.n_vocab == len(theirs) == 319 and own.encode(TEXT) == tokenizers.get(vocabulary).encode(TEXT)
+    text = "the <user> quick[PAD] fox"
+    ids = theirs(text)["input_ids"]
+    assert {317, 318} < set(ids) == set(own.encode(text, allowed_special="all")) and own.decode(ids) == text
+    assert not {317, 318} & set(data.to_tokens(text, own).tolist())  # a text does not spell them
+    # The older layout: three files.
+    Path(vocabulary, "added_tokens.json").write_text(json.dumps({"[PAD]": 317, "<user>": 318}))
+    assert tokenizers.fingerprint(tokenizers.get(vocabulary)) == tokenizers.fingerprint(own)
+    os.mkdir("copied")
+    for source in ("saved", vocabulary):
+        tokenizers.copy_files(source, "copied")
+        assert tokenizers.fingerprint(tokenizers.get("copied")) == tokenizers.fingerprint(own)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(normalizer=dict(type="NFC")), "expected ('BPE', None, 'ByteLevel', False)"),
+        (dict(pre_tokenizer=dict(type="Whitespace")), "'Whitespace'"),
+        (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), "True), expected"),
+        (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, use_regex=False)), "no regular expression"),
+        (dict(model=None), "no byte-level BPE"),
+        (dict(added_tokens=[dict(content="a", id=400)]), "the added token 'a' has id 400, but"),
+        (dict(added_tokens=[dict(content="<x>", id=0)]), "have the same id"),
+        (dict(added_tokens=[dict(content="<x>", id="7")]), "has id '7'"),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused(vocabulary, change, words):
+    saved_by_transformers(vocabulary, "saved")
+    path = Path("saved/tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="saved/tokenizer.json") as error:
+        tokenizers.get("saved")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 def command(*argv):
     return fastgpt.__main__.main([str(word) for word in argv])
 
