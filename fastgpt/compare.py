@@ -43,7 +43,7 @@ MAX_WINDOWS = 256  # of the evaluations during a run
 
 @dataclass
 class CompareConfig(gpt.Options):
-    """train from scratch, fine-tune, train LoRA adapters, or take a model as it is: each on the same budget"""
+    """Train from scratch, fine-tune, train LoRA adapters, or take a model as it is: each on the same budget."""
 
     init: str | None = gpt.option(None, "the pretrained model: a folder, or gpt2, gpt2-medium, ...")
     data: str | None = gpt.option(None, "text file in UTF-8, or shards; without it, Python's own help texts")
@@ -191,8 +191,9 @@ def plan(results, tokens):
     """How many steps each way takes that is not done."""
     config, missing = results.config, [way for way in TRAINED if way not in results.steps]
     if missing and config.steps is None:
-        print("timing steps ...", flush=True)
         times = time_steps(config, tokens)
+        ms = {way: f"{seconds * 1e3:,.1f} ms" for way, seconds in times.items()}
+        print(f"timed in turns, a step takes {ms['finetuned']} for all weights, {ms['lora']} for adapters", flush=True)
         for way in missing:
             results.steps[way] = max(1, round(config.budget / times["lora" if way == "lora" else "finetuned"]))
     results.steps |= {way: config.steps for way in missing if config.steps is not None}
@@ -428,7 +429,7 @@ def draw(results, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="fastgpt compare", description=f"{CompareConfig.__doc__}.".capitalize())
+    parser = argparse.ArgumentParser(prog="fastgpt compare", description=CompareConfig.__doc__)
     gpt.add_options(parser, CompareConfig)
     parser.add_argument("--again", action="append", choices=TRAINED, default=[], help="train this way once more")
     parser.add_argument("--plot", default=None, metavar="FILE", help="draw the losses over seconds here: PNG or SVG")
