@@ -111,11 +111,14 @@ def test_the_figures_are_those_that_eval_and_the_runs_give(run, out, base, text,
     assert "from scratch" in printed and "LoRA, rank 2" in printed and "A step of LoRA takes" in printed
 
 
-def test_a_budget_of_seconds_gives_a_cheaper_step_more_of_them(run, out, base, text, in_this_process, monkeypatch):
+def test_a_budget_of_seconds_gives_a_cheaper_step_more_of_them(
+    run, out, base, text, in_this_process, monkeypatch, capsys
+):
     monkeypatch.setattr(compare, "time_steps", lambda config, tokens: dict(finetuned=0.5, lora=0.25))
     argv = ["compare", "--init", base, "--data", text, "--out", str(out), *QUICK[:2], *QUICK[4:], "--budget", "4"]
     assert main(argv) == 0
     assert results(out)["steps"] == dict(scratch=8, finetuned=8, lora=16)
+    assert "takes 0.50 of fine-tuning's time (250.0 and 500.0 ms, timed in turns)" in capsys.readouterr().out
 
 
 def test_steps_are_timed_on_all_weights_and_on_adapters(base, data, monkeypatch):
