@@ -15,7 +15,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bench, check, evaluate, generate, lora, packed, plot, prepare, train
+from . import _kernels, bench, check, compare, evaluate, generate, lora, packed, plot, prepare, train
 from .learn import ablate, cost, exercise, ladder, look
 
 
@@ -123,6 +123,7 @@ COMMANDS = {
         "train a model; --dtype bfloat16: faster; --ops FILE: on your own functions",
         lambda argv: train.main(argv),
     ),
+    "compare": ("from scratch, fine-tuned, LoRA, as it is: on one budget", lambda argv: compare.main(argv)),
     "plot": ("draw the losses of runs together", lambda argv: plot.main(argv)),
     "merge": ("make a plain model of a base and a LoRA adapter", lambda argv: lora.merge(argv)),
     "generate": ("continue a prompt", lambda argv: generate.main(argv)),

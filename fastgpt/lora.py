@@ -49,11 +49,15 @@ class Adapted(gpt.Layer):
         destination |= {f"{prefix}weight": merged.detach(), f"{prefix}bias": self.bias.detach()}
 
 
-def adapt(model, rank, alpha, places=None):
-    """Freeze a model and put A and B into its blocks, in place. places: ["h.0.attn.c_attn", ...], or None for all."""
-    limit = model.config.n_embd
+def expect_fits(config, rank, alpha):
+    limit = config.n_embd
     gpt.expect(1 <= rank <= limit, f"--lora is {rank}, expected 1 <= lora <= {limit}, the model's channels")
     gpt.expect(0 < alpha < math.inf, f"--lora-alpha is {alpha}, expected 0 < lora_alpha < inf")
+
+
+def adapt(model, rank, alpha, places=None):
+    """Freeze a model and put A and B into its blocks, in place. places: ["h.0.attn.c_attn", ...], or None for all."""
+    expect_fits(model.config, rank, alpha)
     model.requires_grad_(False)
     for place in places or [f"h.{i}.{name}" for i in range(model.config.n_layer) for name in NAMES]:
         parent, _, name = place.rpartition(".")

@@ -18,12 +18,14 @@ def curves(rows, x):
     return ([row[x] for row in rows], losses), ([row[x] for row in validated], [row["validation"] for row in validated])
 
 
-def draw(runs, x, path):
-    """runs: {name: rows}"""
+def picture(runs, x, first=None):
+    """runs: {name: rows}; first: {name: validation loss before the first step}, where known. -> figure, axes"""
     pyplot = bench.import_pyplot("plot")
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for i, (name, rows) in enumerate(runs.items()):
         trained, validated = curves(rows, x)
+        if first and name in first:
+            validated = ([0, *validated[0]], [first[name], *validated[1]])
         color = COLORS[i % len(COLORS)]
         axes.plot(*trained, color=color, linewidth=1, alpha=0.45)
         axes.plot(*validated, color=color, linewidth=1.8, marker="o", markersize=3, label=name)
@@ -33,7 +35,7 @@ def draw(runs, x, path):
     axes.grid(alpha=0.25)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return figure, axes
 
 
 def names(folders):
@@ -50,7 +52,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs = dict(zip(names(args.runs), map(metrics.read, args.runs), strict=True))
     bench.try_picture(args.out, "--out")
-    draw(runs, args.x, args.out)
+    picture(runs, args.x)[0].savefig(args.out, dpi=120)
     for name, rows in runs.items():
         best = min((row for row in rows if row["validation"] is not None), key=lambda row: row["validation"], default=0)
         measured = f"best validation {best['validation']:.4f} at step {best['step']}" if best else "no validation"

@@ -18,7 +18,7 @@ import gpt
 from fastgpt import __main__ as front
 from fastgpt import bench, bench_step, check
 
-COMMANDS = ("info", "check", "bench", "demo", "train", "generate", "quantize", "dequantize", "eval")
+COMMANDS = ("info", "check", "bench", "demo", "train", "compare", "generate", "quantize", "dequantize", "eval")
 VERSION = f"fastgpt {importlib.metadata.version('fastgpt')}"
 
 

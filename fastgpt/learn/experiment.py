@@ -61,8 +61,13 @@ def sample(model, tokenizer, n):
     for _ in range(n):
         logits = model(idx[:, -model.config.block_size :])[:, -1]
         idx = torch.cat((idx, gpt.sample(logits, 0.8, None, None, rng)), dim=1)
-    text = tokenizer.decode_bytes(idx[0, 1:].tolist()).decode(errors="replace").replace("\n", " ")
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:n]
+    return printable(tokenizer.decode_bytes(idx[0, 1:].tolist()))[:n]
+
+
+def printable(data):
+    """Bytes as text on one line."""
+    text = data.decode(errors="replace").replace("\n", " ")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def replaced(ops, **formulas):
