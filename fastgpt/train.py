@@ -24,7 +24,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bfloat16, data, lora, metrics, ops, processes
+from . import _kernels, bench, bfloat16, data, lora, metrics, ops, processes
 from . import tokenizer as tokenizers
 from .learn import exercise
 
@@ -391,6 +391,7 @@ def main(argv=None, ops=ops):
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
+    bench.keep_memory()
     try:
         if typed.pop("dtype", None) == "bfloat16":
             _kernels.expect_bfloat16("--dtype bfloat16")
