@@ -1,8 +1,8 @@
 """`fastgpt bench --step`: whole training steps, fastgpt's and torch's, in float32 and in bfloat16 products.
 
 A step is loss, gradients, clipping and AdamW (torch's fused one for all). The contestants share weights and optimizer
-and take turns, as in bench.py. Then, for fastgpt: which operations a step spends its time in, and how near each of them is
-to the machine's limits.
+and take turns, as in bench.py. Then, for fastgpt: which operations a step spends its time in, and how near each of
+them is to the limits of the machine.
 """
 
 import argparse
