@@ -25,9 +25,11 @@
 //
 // Compiled once per instruction set (all_kernels.h).
 
-// Positions in a chunk: at most 56 MiB of logits, in chunks of equal size.
-template <class T> FASTGPT_INLINE int64_t loss_chunk(int64_t M, int64_t V) {
-    const int64_t max_rows = max<int64_t>((int64_t(56) << 20) / (V * int64_t(sizeof(T))), 1);
+// Positions in a chunk: at most 56 MiB of logits, in chunks of equal size. Each chunk reads W twice, and reads and
+// writes dW once. bfloat16 products take half the time, so that weighs twice as much: they get 112 MiB.
+template <class T, class Engine> FASTGPT_INLINE int64_t loss_chunk(int64_t M, int64_t V) {
+    const int64_t max_bytes = int64_t(std::is_same_v<Engine, EngineFor<T>> ? 56 : 112) << 20;
+    const int64_t max_rows = max<int64_t>(max_bytes / (V * int64_t(sizeof(T))), 1);
     const int64_t rows = ceil_div(M, max<int64_t>(ceil_div(M, max_rows), 1));
     const int64_t whole = round_up(rows, 16);
     return whole <= max_rows ? whole : rows;
@@ -94,7 +96,7 @@ template <class T, class Engine = EngineFor<T>> double lm_loss(const Rows<const 
     int64_t count = 0;
     for (int64_t i = 0; i < M; i++) count += targets[i] >= 0;
     const T scale = T(1) / T(count);
-    const int64_t chunk = loss_chunk<T>(M, V);
+    const int64_t chunk = loss_chunk<T, Engine>(M, V);
     Scratch<T> logits(1, chunk * V);
     Scratch<double> losses(1, M);
     T* l = logits.part(0);

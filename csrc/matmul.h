@@ -94,6 +94,29 @@ template <class Engine, class T> struct Workspace {
           rest(memory + size(rows, kc)) {}
 };
 
+// Fetches the panel of B that is packed next, a share of its lines for each micro-panel that is multiplied meanwhile:
+// B of the head lies in memory, far away. A B that the third-level cache may hold is not worth the instructions, and
+// one of rank 0 is packed already (strips.h).
+template <class T> class NextPanel {
+  public:
+    NextPanel(const MatmulArgs<T>& args, int64_t n, int64_t width, int64_t k0, int64_t kc, int64_t shares)
+        : B(args.B), row(args.B_transposed ? n : k0), column(args.B_transposed ? k0 : n),
+          values(args.B_transposed ? kc : width) {
+        const int64_t rows = args.B_transposed ? width : kc;
+        const bool far = args.B.rank > 0 && args.N * args.K * int64_t(sizeof(T)) > int64_t(64) << 20;
+        end = row + (far && width > 0 ? rows : 0);
+        share = ceil_div(rows, shares);
+    }
+    FASTGPT_INLINE void fetch_share() {
+        for (const int64_t stop = min(row + share, end); row < stop; row++)
+            for (int64_t i = 0; i < values; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(B[row] + column + i);
+    }
+
+  private:
+    const Rows<const T>& B;
+    int64_t row, column, values, end, share;
+};
+
 // One k block, k0 .. k0 + kc - 1, of one C block. What the engine can't multiply is left to Fma: by the values alone,
 // not by the C block they are in, so that the bits don't depend on the blocks.
 template <class Engine, class T> FASTGPT_NOINLINE void add_k_block(const MatmulArgs<T>& args, int64_t m0, int64_t m_end,
@@ -107,7 +130,9 @@ template <class Engine, class T> FASTGPT_NOINLINE void add_k_block(const MatmulA
     for (int64_t n = n0; n < n_end; n += NR) {
         const int64_t width = min(n_end - n, NR);
         const bool packed_b_ok = Engine::pack_b(args, k0, kc, n, width, work.packed_b);
+        NextPanel<T> next(args, n + width, min(n_end - n - width, NR), k0, kc, ceil_div(m_end - m0, MR));
         for (int64_t m = m0; m < m_end; m += MR) {
+            next.fetch_share();
             const T* packed_a = work.packed_a + (m - m0) / MR * Engine::packed_a_size(kc);
             const int64_t rows = min(m_end - m, MR);
             T* C = args.C + m * args.N + n;

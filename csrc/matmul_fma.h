@@ -1,14 +1,15 @@
 // Matrix products on the microkernel, the engine that takes every type and every value: its blocks, how it packs A and
 // B (matmul.h says why), and its one step. Packed, A and B are X: values of T, or of float in pairs of bfloat16
-// (bfloat16.h), two k in one, of the same size. A workspace counts in values of T.
+// (bfloat16.h), two k in one, of the same size. A workspace counts in values of T. Pairs halve the time of a product,
+// but not of packing B and of adding to C: so their C blocks have twice the rows, which the smaller KC leaves room for.
 //
 // Compiled once per instruction set (all_kernels.h).
 
 template <class T, class X = T> struct Fma {
     static_assert(sizeof(X) == sizeof(T));
     static constexpr bool handles_nonfinite = true;
-    static constexpr int64_t MR = FASTGPT_MR, NR = NV * VL<T>, KC = 256 * per<X>;
-    static constexpr int64_t max_rows = 512, max_columns = 1536, row_unit = max<int64_t>(MR, VL<T>);
+    static constexpr int64_t MR = FASTGPT_MR, NR = NV * VL<T>, KC = per<X> == 2 ? 384 : 256;
+    static constexpr int64_t max_rows = 512 * per<X>, max_columns = 1536, row_unit = max<int64_t>(MR, VL<T>);
 
     // In values of T: a micro-panel of A, a panel of B.
     static FASTGPT_INLINE int64_t packed_a_size(int64_t kc) { return MR * depth<X>(kc); }

@@ -1,14 +1,14 @@
 """`fastgpt bench --step`: whole training steps, fastgpt's and torch's, in float32 and in bfloat16 products.
 
 A step is loss, gradients, clipping and AdamW (torch's fused one for all). The contestants share weights and optimizer
-and take turns, as in bench.py. Then, for fastgpt: which operations a step spends its time in.
+and take turns, as in bench.py. Then, for fastgpt: which operations a step spends its time in, and how near each of
+them is to the limits of the machine.
 """
 
 import argparse
 import json
 import os
 import statistics
-import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -72,46 +72,89 @@ def prepare(config, B):
 
 
 def run(case, seconds, compiled, limit):
-    """Print one case. -> its figures: seconds a step by contestant"""
+    """Print one case. -> (a row for each contestant, a row for each operation that takes long)"""
     config, B = CASES[case]
     model, step = prepare(config, B)
     losses = contestants(model, compiled)
     times = bench.interleaved({name: partial(step, loss) for name, loss in losses.items()}, seconds, least=2)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    T = config.block_size
-    attention = 12 * config.n_layer * config.n_embd * (T + 1) // 2  # two products, the causal half; three times
-    flops = B * T * (6 * sum(p.numel() for p in model.parameters()) + attention)
-    for name, time in medians.items():
-        best = limit["bfloat16_gflops" if name.endswith("bfloat16") else "gflops"]
-        low, _, high = statistics.quantiles(times[name], n=4)
-        print(
-            f"{case:24}{name:18}{time * 1e3:9.1f} ms ±{(high - low) / 2 / time:3.0%}{B * T / time:9,.0f} tokens/s"
-            f"{flops / time / 1e9 / best:6.0%} of the limit",
-            flush=True,
-        )
+    rows, tokens = [], B * config.block_size
+    flops = sum(amount for amount, is_flops in work(config, B).values() if is_flops)
+    for name, values in times.items():
+        low, time, high = statistics.quantiles(values, n=4)
+        row = dict(case=case, name=name, seconds=time, spread=(high - low) / 2 / time, tokens=tokens / time)
+        rows.append(row | dict(share=flops / time / multiply_adds(name, limit), ratio=None))
     for dtype in ("float32", "bfloat16"):
-        rivals = [name for name in medians if name.endswith(dtype) and not name.startswith("fastgpt")]
+        *rivals, ours = [row for row in rows if row["name"].endswith(dtype)] or [None]
         if rivals:
-            best = min(rivals, key=medians.__getitem__)
-            print(
-                f"{case:24}fastgpt {dtype} is {medians[best] / medians['fastgpt ' + dtype]:.2f} times as fast as {best}"
-            )
-    name = list(losses)[-1]
-    shares = f"Where a step of {name} spends its time: {', '.join(where(partial(step, losses[name])))}."
-    print(textwrap.fill(shares, 100) + "\n", flush=True)
-    return medians
+            ours["ratio"] = min(row["seconds"] for row in rivals) / ours["seconds"]
+    for row in rows:
+        bench.show_texts(COLUMNS, cells(row))
+    ops_rows = [dict(case=case) | row for row in where(partial(step, losses[name]), config, B, name, limit)]
+    print(f"\nWhere a step of {name} spends its time:")
+    for row in ops_rows:
+        bench.show_texts(OPS_COLUMNS, ops_cells(row))
+    print(flush=True)
+    return rows, ops_rows
 
 
-def where(step, most=9):
-    """Which operations a step spends its time in: texts, the longest first."""
+COLUMNS = {"case": -24, "contestant": -18, "a step": 11, "spread": 8, "tokens/s": 11, "of limit": 10, "ratio": 8}
+OPS_COLUMNS = {"case": -24, "operation": -26, "time": 12, "of the step": 13, "of limit": 10}
+
+
+def cells(row):
+    """A contestant's line as texts, one for each of COLUMNS."""
+    ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
+    figures = [f"{row['seconds'] * 1e3:,.1f} ms", f"±{row['spread']:.0%}", f"{row['tokens']:,.0f}"]
+    return [row["case"], row["name"], *figures, f"{row['share']:.0%}", ratio]
+
+
+def ops_cells(row):
+    share = f"{row['share']:.0%}" if row["share"] else ""
+    return [row["case"], row["name"], f"{row['seconds'] * 1e3:,.2f} ms", f"{row['part']:.0%}", share]
+
+
+def multiply_adds(name, limit):
+    """Flops a second at best, for what `name` multiplies."""
+    return limit["bfloat16_gflops" if name.endswith("bfloat16") else "gflops"] * 1e9
+
+
+def work(config, B):
+    """{operation: (flops of its products or bytes that it reads and writes, flops?)}, in a step on the kernels."""
+    L, C, T, V = config.n_layer, config.n_embd, config.block_size, config.vocab_size
+    N, parameters = B * T, 12 * L * C * C + (V + T) * C  # but for vectors
+    attention = L * B * T * (T + 1) // 2 * 4 * C  # two products, the causal half; the backward has five
+    flops = dict(linear=2 * N * L * 8 * C * C, linear_gelu=2 * N * L * 4 * C * C, attention=attention)
+    flops |= {
+        f"{name}Backward": amount * 5 // 2 if name == "attention" else amount * 2 for name, amount in flops.items()
+    }
+    flops["lm_loss"] = 6 * N * C * V  # the backward as well
+    values = dict(layer_norm=2 * N * C * (2 * L + 1), layer_normBackward=3 * N * C * (2 * L + 1))
+    values |= {"_fused_adamw_": 7 * parameters, "linalg_vector_norm": parameters, "add": 3 * N * C * (2 * L + 1)}
+    return {k: (x, True) for k, x in flops.items()} | {k: (4 * x, False) for k, x in values.items()}
+
+
+def where(step, config, B, name, limit, most=14):
+    """Which operations a step of contestant `name` spends its time in: rows, the longest first."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says when it starts
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     events = [e for e in profile.key_averages() if e.self_cpu_time_total]
     total = sum(e.self_cpu_time_total for e in events)
-    events.sort(key=lambda e: -e.self_cpu_time_total)
-    names = {e.key: e.key.removeprefix("aten::").removeprefix("fastgpt::") for e in events}
-    return [f"{names[e.key]} {e.self_cpu_time_total / total:.0%}" for e in events[:most]]
+    amounts, rows = work(config, B), []
+    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:most]:
+        op, seconds, share = event.key.split("::")[-1], event.self_cpu_time_total / 1e6, None
+        if op in amounts:
+            amount, is_flops = amounts[op]
+            share = amount / seconds / (multiply_adds(name, limit) if is_flops else limit["gbs"] * 1e9)
+        rows.append(dict(name=op, seconds=seconds, part=event.self_cpu_time_total / total, share=share))
+    return rows
+
+
+NOTES = [
+    "ratio: the time of the best of torch over this one's, both in the same products.",
+    "of limit: flops against multiply-adds in registers (weights, and attention's causal half);",
+    "of operations without products, bytes against reads from memory.",
+]
 
 
 def memory(name):
@@ -129,15 +172,37 @@ def report(seconds, compiled, only=None):
     limit = bench.limits()
     print("torch {torch}, {isa}, {threads} threads; limits measured now:".format_map(bench.about()))
     print(bench.spell(limit) + "\n")
-    results = dict(about=bench.about(), limits=limit)
-    results["seconds"] = {case: run(case, seconds, compiled, limit) for case in CASES if only in (None, case)}
+    results = dict(about=bench.about(), limits=limit, rows=[], operations=[])
+    bench.show_texts(COLUMNS, COLUMNS)
+    for case in CASES if only is None else [only]:
+        rows, operations = run(case, seconds, compiled, limit)
+        results["rows"] += rows
+        results["operations"] += operations
     if only is None:
         names = [f"{who} {'bfloat16' if _kernels.has_bfloat16() else 'float32'}" for who in ("fastgpt", "torch")]
         code = "from fastgpt import bench_step; print(bench_step.memory({!r}))"
-        peaks = {name: float(bench.in_a_fresh_process(code.format(name))) for name in names}
-        print("peak memory of 124M B4 T256: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in peaks.items()))
-        results["peak MiB"] = peaks
+        results["peak MiB"] = {name: float(bench.in_a_fresh_process(code.format(name))) for name in names}
+    print("\n".join(notes(results)))
     return results
+
+
+def notes(results):
+    """The lines below the tables."""
+    lines = list(NOTES)
+    if peaks := results.get("peak MiB"):
+        ours, theirs = peaks.values()
+        texts = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in peaks.items())
+        lines.append(f"Peak memory of 124M B4 T256: {texts}, {ours / theirs:.2f} times as much.")
+    return lines
+
+
+def section(results, argv):
+    """One machine's report in Markdown: (its heading, all of it)."""
+    facts = f"Limits measured in this run: {bench.spell(results['limits'])}."
+    words = "Where a step of fastgpt spends its time:"
+    second = [words, "", *bench.table(OPS_COLUMNS, map(ops_cells, results["operations"]))]
+    rows = map(cells, results["rows"])
+    return bench.markdown(results["about"], argv, "Training steps: ", facts, COLUMNS, rows, notes(results), second)
 
 
 def main(argv):
@@ -149,9 +214,13 @@ def main(argv):
     parser.add_argument("--case", choices=CASES, help="this one alone, without peak memory")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
     args = parser.parse_args(argv)
-    if args.json:
-        bench.try_file(args.json)
+    for path in (args.json, args.markdown):
+        if path is not None:
+            bench.try_file(path)
     results = report(args.seconds, not args.no_compile, args.case)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    if args.markdown:
+        bench.write_markdown(args.markdown, results, argv, section)

@@ -300,9 +300,10 @@ def lm_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, bfloat16: bool =
     """Mean cross-entropy in nats of softmax(hidden @ weight.T) over the targets that aren't -1.
 
     (B, T, C), (V, C), int64 (B, T) -> (), float32 or float64; of hidden and weight only the last dimension must be
-    contiguous. The logits never exist whole: of V = 50257, at most 56 MiB at a time. With gradients wanted, the forward
-    makes them too, while it has the logits (as Liger-Kernel does), and the backward only multiplies: so a forward that
-    no backward follows belongs under torch.no_grad(). nan if no target counts.
+    contiguous. The logits never exist whole: of V = 50257, at most 56 MiB at a time, or 112 of bfloat16
+    products. With gradients wanted, the forward makes them too, while it has the logits (as Liger-Kernel does), and the
+    backward only multiplies: so a forward that no backward follows belongs under torch.no_grad(). nan if no target
+    counts.
     Raises TypeError or ValueError for other dtypes, shapes, strides or devices, or a target that is no token.
     """
     targets = targets.contiguous() if isinstance(targets, Tensor) else targets

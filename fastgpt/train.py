@@ -24,7 +24,7 @@ import torch
 
 import gpt
 
-from . import _kernels, bfloat16, data, device, lora, metrics, ops, processes, torch_ops
+from . import _kernels, bench, bfloat16, data, device, lora, metrics, ops, processes, torch_ops
 from . import tokenizer as tokenizers
 from .learn import exercise
 
@@ -418,6 +418,7 @@ def main(argv=None, ops=ops):
     typed = vars(parser.parse_args(argv))
     interrupts = Interrupts()
     interrupts.take_over()
+    bench.keep_memory()
     try:
         ops, place = choose(typed, ops)
         with warnings.catch_warnings(), one_of(processes.team()) as team:

@@ -236,6 +236,17 @@ def test_bits_do_not_depend_on_threads_or_runs(op, shape, threads, isa):
             assert torch.equal(x, other[name]), name
 
 
+def test_lm_loss_in_two_pieces_is_the_mean_of_both(isa):
+    """112 MiB hold the logits of 584 positions. The same 384 twice: half the gradients, which rounds nothing."""
+    inputs, _ = check.make_inputs("lm_loss", (1, 384, 8, 50257))
+    targets = torch.arange(384)[None]
+    once = check.evaluate(bfloat16.lm_loss, inputs, dict(targets=targets), torch.float32)
+    twice = inputs | dict(hidden=torch.cat([inputs["hidden"]] * 2, 1))
+    both = check.evaluate(bfloat16.lm_loss, twice, dict(targets=torch.cat([targets] * 2, 1)), torch.float32)
+    assert torch.equal(both["out"], once["out"]) and torch.equal(both["dweight"], once["dweight"])
+    assert torch.equal(both["dhidden"], torch.cat([once["dhidden"]] * 2, 1) / 2)
+
+
 def test_float32_products_stay_float32_beside_them(isa):
     inputs, options = check.make_inputs("linear", (65, 64, 48))
     before = fastgpt.linear(**inputs)

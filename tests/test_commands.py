@@ -100,16 +100,21 @@ def test_bench_writes_its_figures(tmp_path, capsys):
     assert section.count("\n| ") == sum(1 + len(rows) for rows in tables)
 
 
-def test_bench_of_a_step(monkeypatch, capsys):
+def test_bench_of_a_step(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_step, "CASES", {"tiny": (gpt.GPTConfig(1, 1, 8, 8, 11), 2)})
     monkeypatch.setattr(bench, "limits", lambda: dict(gflops=1.0, gbs=1.0, bfloat16_gflops=1.0))
-    bench.main(["--step", "--case", "tiny", "--no-compile", "--seconds", "0.001"])
+    files = ["--json", str(tmp_path / "step.json"), "--markdown", str(tmp_path / "step.md")]
+    bench.main(["--step", "--case", "tiny", "--no-compile", "--seconds", "0.001", *files])
     lines = capsys.readouterr().out.splitlines()
-    names = [line[24:42].strip() for line in lines if line.startswith("tiny") and "tokens/s" in line]
+    figures = json.loads((tmp_path / "step.json").read_text())
     dtypes = ("float32", "bfloat16") if fastgpt._kernels.has_bfloat16() else ("float32",)
-    assert names == [f"{who} {dtype}" for dtype in dtypes for who in ("torch", "fastgpt")]
-    assert all(any(f"fastgpt {dtype} is " in line for line in lines) for dtype in dtypes)
+    names = [f"{who} {dtype}" for dtype in dtypes for who in ("torch", "fastgpt")]
+    assert [row["name"] for row in figures["rows"]] == names
+    assert [bool(row["ratio"]) for row in figures["rows"]] == [name.startswith("fastgpt") for name in names]
+    assert {"linear", "linearBackward", "lm_loss"} <= {r["name"] for r in figures["operations"] if r["share"]}
     assert any(line.startswith("Where a step of fastgpt") for line in lines) and max(map(len, lines)) <= 100
+    text = (tmp_path / "step.md").read_text()
+    assert text.count("\n| tiny ") == len(figures["rows"]) + len(figures["operations"])
     model = gpt.GPT(gpt.GPTConfig(1, 1, 8, 8, 11))
     assert all(a is b for a, b in zip(model.parameters(), bench_step.sharing(model, fastgpt).parameters(), strict=True))
 
