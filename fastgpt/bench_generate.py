@@ -150,7 +150,7 @@ class Bench:
     def prefill(self, dtype):
         """A long prompt, until its first token."""
         case, mine = f"prefill {dtype}", [ours(Decoder(self.model, dtype))]
-        if dtype == "int8":
+        if _kernels.rounds_prompts(dtype):
             mine = [ours(Decoder(self.model, dtype, fast_prompts=True)), *mine]
         if dtype != "float32":
             mine.append(ours(Decoder(self.model, "float32")))
