@@ -271,7 +271,7 @@ class Bench:
         return cases | {"small": self.small} | {f"first {dtype}": partial(self.first, dtype) for dtype in packed.DTYPES}
 
 
-COLUMNS = {"case": -22, "contestant": -28, "head": -10, "speed": 16, "spread": 8, "of limit": 10, "ratio": 8}
+COLUMNS = {"case": -22, "contestant": -31, "head": -10, "speed": 16, "spread": 8, "of limit": 10, "ratio": 8}
 
 
 def cells(r):
