@@ -495,6 +495,14 @@ def step_batches(tokens, T, step, config, batch=random_batch):
         yield batch(tokens, config.batch_size, T, generator)
 
 
+def clip_gradients(model, limit):
+    """Scale all gradients until their norm together is `limit`, if it is larger. -> the norm that it was"""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if norm > limit:
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm.item()
+
+
 def train_step(model, optimizer, tokens, step, config, batch=random_batch):
     """One step of the optimizer: loss and gradients of `accumulate` batches, clipped to norm `clip`. -> the loss"""
     for group in optimizer.param_groups:
@@ -505,7 +513,7 @@ def train_step(model, optimizer, tokens, step, config, batch=random_batch):
         loss = model.loss(idx, targets) / config.accumulate
         loss.backward()
         total += loss.item()
-    norm = optimizer.norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()  # kept for who logs it
+    norm = optimizer.norm = clip_gradients(model, config.clip)  # kept for who logs it
     finite = math.isfinite(total) and math.isfinite(norm)
     expect(finite, f"step {step + 1}: loss {total}, norm of its gradient {norm}, expected finite; try a lower --lr")
     optimizer.step()

@@ -87,7 +87,7 @@ template <class T> constexpr KernelsFor<T> kernels_for() {
     return k;
 }
 
-constexpr DecoderKernels decoder_kernels = {packed_bytes, pack, unpack, cache_bytes, decode, prefill};
+constexpr DecoderKernels decoder_kernels = {packed_bytes, pack, unpack, rounds_prompts, cache_bytes, decode, prefill};
 
 constexpr Kernels all_kernels() {
     Kernels k{};

@@ -25,8 +25,8 @@
 //     16 | keys 16 .. 31   |          16 | values, channels 16 .. 31   |
 //        +-----------------+             +-----------------------------+
 //
-// A prompt's many tokens take `prefill`: the same through matmul and attention, in blocks of rows; with fast_prompts,
-// its products with int8 weights are those of whole numbers (matmul_int8.h), but for the last one, the logits.
+// A prompt's many tokens take `prefill`: the same through matmul and attention, in blocks of rows. With fast_prompts,
+// products round both sides alike, to bfloat16 (bfloat16.h) or int8 (matmul_int8.h), but for the last one, the logits.
 //
 // Compiled once for each instruction set.
 
@@ -237,6 +237,14 @@ inline void round_rows(float* x, int64_t M, int64_t K) {
     });
 }
 
+inline void attend_prompt(const AttentionShape& shape, Sequence<const float> qkv, float* y, float* stats,
+                          [[maybe_unused]] bool in_bfloat16) {
+#if defined(FASTGPT_AMX) || defined(FASTGPT_BFLOAT16)
+    if (in_bfloat16) return attention_forward<float, BFloat16Engine>(shape, qkv, y, stats);
+#endif
+    attention_forward<float>(shape, qkv, y, stats);
+}
+
 // Prompts into their slots, from position 0 on. Logits of each prompt's last token, (n, V), or of all tokens.
 inline void prefill(const DecoderModel& m, const DecoderCache& cache, const DecoderPrompt* prompts, int64_t n,
                     bool all_logits, float* logits) {
@@ -247,6 +255,8 @@ inline void prefill(const DecoderModel& m, const DecoderCache& cache, const Deco
     const int64_t some = min(block, M);
     Scratch<float> x(1, M * C), y(1, M * C), qkv(1, M * m.H * R), heads(1, longest * C), stats(1, 2 * m.H * longest);
     Scratch<float> a(1, some * C), h(1, some * 4 * C), mean(1, some), rstd(1, some);
+    const Packing packing = m.layers[0].c_attn.packing;
+    const bool rounded = m.fast_prompts && rounds_prompts(packing);
     for (int64_t i = 0, at = 0; i < n; at += prompts[i++].T)
         parallel_tasks(prompts[i].T, [&](int64_t t) { embed(m, prompts[i].ids[t], t, &x[(at + t) * C]); });
 
@@ -259,7 +269,7 @@ inline void prefill(const DecoderModel& m, const DecoderCache& cache, const Deco
     };
     const auto multiply = [&](const PackedMatrix& w, float* from, int64_t rows, float* to, bool add, bool gelu) {
         if (w.packing == Packing::int4) round_rows(from, rows, w.K);
-        matmul_packed(w, from, rows, to, add, gelu, m.fast_prompts && w.data != m.wte.data);
+        matmul_packed(w, from, rows, to, add, gelu, rounded && w.data != m.wte.data);
     };
     for (int64_t l = 0; l < m.n_layer; l++) {
         const DecoderLayer& layer = m.layers[l];
@@ -270,7 +280,8 @@ inline void prefill(const DecoderModel& m, const DecoderCache& cache, const Deco
         for (int64_t i = 0, at = 0; i < n; at += prompts[i++].T) { // heads take the place of the batch
             const int64_t T = prompts[i].T;
             const float* rows = &qkv[at * m.H * R];
-            attention_forward<float>({m.H, T, 1, D, 0, 0}, {rows, R, m.H * R}, &heads[0], &stats[0]);
+            attend_prompt({m.H, T, 1, D, 0, 0}, {rows, R, m.H * R}, &heads[0], &stats[0],
+                          rounded && packing == Packing::bfloat16);
             parallel_tasks(m.H, [&](int64_t head) {
                 const CachedHead cached = cached_head(m, cache, prompts[i].slot, l, head);
                 for (int64_t t = 0; t < T; t++) {

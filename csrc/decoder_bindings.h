@@ -172,6 +172,9 @@ void bind_decoder(py::module_& m) {
     m.def("pack", pack, arg("weight"), py::arg("dtype"), arg("out"),
           "A matrix in the order in which decoding reads it.");
     m.def("unpack", unpack, arg("packed"), py::arg("dtype"), arg("out"));
+    m.def(
+        "rounds_prompts", [](const string& dtype) { return kernels->decoder.rounds_prompts(packing_named(dtype)); },
+        py::arg("dtype"), "Does the instruction set in use have products for prompts that are rounded like weights?");
     m.def("sample", sample, arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), arg("u"),
           arg("tokens"));
     m.def(

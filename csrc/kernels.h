@@ -89,7 +89,7 @@ struct DecoderModel {
     const float* wpe; // (block_size, C) and zeros to a multiple of 16
     const DecoderLayer* layers;
     const float *ln_f_weight, *ln_f_bias;
-    bool fast_prompts; // round their activations, too, where that is faster
+    bool fast_prompts; // round their activations, too, where rounds_prompts
 };
 
 // Keys and values of `slots` sequences, each up to `capacity` positions, a multiple of 16.
@@ -137,6 +137,7 @@ struct DecoderKernels {
     int64_t (*packed_bytes)(Packing packing, int64_t N, int64_t K);
     void (*pack)(const float* w, Packing packing, int64_t N, int64_t K, char* to);
     void (*unpack)(const PackedMatrix& w, float* to);
+    bool (*rounds_prompts)(Packing packing); // are there products for prompts whose activations are rounded, too?
     int64_t (*cache_bytes)(const DecoderModel& model, const DecoderCache& cache); // of a slot
     void (*decode)(const DecoderModel& model, const DecoderCache& cache, const DecoderToken* tokens, int64_t n,
                    float* logits);

@@ -138,7 +138,7 @@ template <class Engine, class T> FASTGPT_NOINLINE void add_k_block(const MatmulA
             T* C = args.C + m * args.N + n;
             if constexpr (!Engine::handles_nonfinite)
                 if (!packed_b_ok || !work.packed_ok[(m - m0) / MR]) {
-                    add_k_block<Fma<T>>(args, m, m + rows, n, n + width, k0, kc, work.rest);
+                    add_k_block<typename Engine::Fallback>(args, m, m + rows, n, n + width, k0, kc, work.rest);
                     continue;
                 }
             if (args.accumulate) // what C holds, perhaps in memory far away, is wanted right after the product

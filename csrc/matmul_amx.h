@@ -66,6 +66,7 @@ template <int PARTS> struct AmxTiles : AmxInstructions {
     static constexpr int MR = 32, NR = 32;
     static constexpr int depth = 32; // of an AMX tile
     static constexpr bool handles_nonfinite = false;
+    using Fallback = Fma<float>; // for what it doesn't handle
     static constexpr int64_t KC = 384 * 3 / PARTS, max_rows = 512, max_columns = 1536, row_unit = MR;
     static constexpr int64_t bytes = PARTS * 2;        // of a float's parts
     static constexpr int64_t part_bytes = 32 * 32 * 2; // of one part of 32 x 32 values: two AMX tiles

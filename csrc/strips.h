@@ -480,21 +480,72 @@ template <class Format> struct FromStrips : Fma<float> {
     }
 };
 
+// The engines for prompts whose rows may be rounded as their weights are: of bfloat16, whose cells are B as it lies in
+// registers, and of int8.
+#ifdef FASTGPT_AMX
+struct BFloat16FromStrips : AmxBFloat16 {
+    using Fallback = FromStrips<BFloat16>;
+    static FASTGPT_NOINLINE bool pack_b(const MatmulArgs<float>& p, int64_t k0, int64_t kc, int64_t n0, int64_t width,
+                                        float* packed_b) {
+        const char* strips = reinterpret_cast<const char*>(p.B.data);
+        char* to = reinterpret_cast<char*>(packed_b);
+        for (int64_t k = k0; k < k0 + kc; k += depth)
+            for (int64_t j = 0; j < NR; j += LANES)
+                for (int64_t i = 0; i < 8; i++, to += 2 * CELL) { // pairs of neighbours become pairs 16 k apart
+                    const char* strip = strips + (n0 + j) / LANES * BFloat16::bytes(p.K);
+                    const auto cell = [&](int64_t at) FASTGPT_LAMBDA {
+                        return j < width && at < p.K ? read<words>(strip + at / 2 * CELL) : words{};
+                    };
+                    const words low = cell(k + 2 * i), high = cell(k + 16 + 2 * i);
+                    const words pairs[] = {(low & 0xFFFFu) | high << 16, low >> 16 | (high & 0xFFFF0000u)};
+                    __builtin_memcpy(to, pairs, sizeof pairs);
+                }
+        return true;
+    }
+};
+#elif defined(FASTGPT_BFLOAT16)
+struct BFloat16FromStrips : Fma<float, Pair> {
+    static FASTGPT_NOINLINE bool pack_b(const MatmulArgs<float>& p, int64_t k0, int64_t kc, int64_t n0, int64_t width,
+                                        float* packed_b) {
+        const char* strips = reinterpret_cast<const char*>(p.B.data);
+        for (int64_t j = 0; j < width; j += VL<float>) {
+            const char* cell = strips + (n0 + j) / LANES * BFloat16::bytes(p.K) + k0 / 2 * CELL + (n0 + j) % LANES * 4;
+            float* to = packed_b + j;
+            for (int64_t k = 0; k < kc; k += 2, cell += CELL, to += NR) __builtin_memcpy(to, cell, vector_bytes);
+        }
+        return true;
+    }
+};
+#endif
 #if defined(__x86_64__) && FASTGPT_VECTOR_BYTES == 64
 #define FASTGPT_INT8_PRODUCTS
 #include "matmul_int8.h"
 #endif
 
+// Is there such an engine here?
+inline bool rounds_prompts([[maybe_unused]] Packing packing) {
+#ifdef FASTGPT_INT8_PRODUCTS
+    if (packing == Packing::int8) return has_dot_products;
+#endif
+#if defined(FASTGPT_AMX) || defined(FASTGPT_BFLOAT16)
+    if (packing == Packing::bfloat16) return has_bfloat16();
+#endif
+    return false;
+}
+
 // y = x w^T + bias for M rows of x (M, K); `add` to what y (M, N) holds; with gelu, y = gelu(x w^T + bias). With
-// `rounded`, x may be rounded to int8 where that is faster.
+// `rounded`, by those engines.
 inline void matmul_packed(const PackedMatrix& w, const float* x, int64_t M, float* y, bool add, bool gelu,
                           [[maybe_unused]] bool rounded) {
     MatmulArgs<float> p{
         M, w.N, w.K, Rows<const float>::contiguous(x, M, w.K), false, {}, true, y, add, w.bias, gelu ? y : nullptr};
     p.B.data = reinterpret_cast<const float*>(w.data);
 #ifdef FASTGPT_INT8_PRODUCTS
-    if (rounded && w.packing == Packing::int8 && has_dot_products) return matmul<float, Int8Dot>(p);
+    if (rounded && w.packing == Packing::int8) return matmul<float, Int8Dot>(p);
 #undef FASTGPT_INT8_PRODUCTS
+#endif
+#if defined(FASTGPT_AMX) || defined(FASTGPT_BFLOAT16)
+    if (rounded && w.packing == Packing::bfloat16) return matmul<float, BFloat16FromStrips>(p);
 #endif
     with_format(w.packing, [&](auto format) { matmul<float, FromStrips<decltype(format)>>(p); });
 }

@@ -84,6 +84,13 @@ def read_times(data):
     return [time.perf_counter() - start]
 
 
+def work_times():
+    """Seconds of one floating-point operation, where all threads do nothing but multiply and add."""
+    start = time.perf_counter()
+    flops = _kernels.multiply_add_work(200_000, False)
+    return [(time.perf_counter() - start) / flops]
+
+
 def take_turns(functions, seconds, least=3):
     """Let functions that return times take turns for about `seconds`. The first turn counts for nobody."""
     times = {name: [] for name in functions}
@@ -150,7 +157,7 @@ class Bench:
     def prefill(self, dtype):
         """A long prompt, until its first token."""
         case, mine = f"prefill {dtype}", [ours(Decoder(self.model, dtype))]
-        if dtype == "int8":
+        if _kernels.rounds_prompts(dtype):
             mine = [ours(Decoder(self.model, dtype, fast_prompts=True)), *mine]
         if dtype != "float32":
             mine.append(ours(Decoder(self.model, "float32")))
@@ -168,8 +175,14 @@ class Bench:
             return decoder.stream(torch.tensor([prompt] * B), n, temperature=0)
 
         prompt = prompt_of(self.config, CONTEXT)
-        times = take_turns({B: partial(token_times, partial(stream, B), prompt, TOKENS) for B in (8, 1)}, self.seconds)
-        return compare([line(case, f"fastgpt, batch {B}", times[B], B, head=head_dtype(dtype)) for B in (8, 1)])
+        functions = {B: partial(token_times, partial(stream, B), prompt, TOKENS) for B in (8, 1)}
+        times = take_turns({"work": work_times} | functions, self.seconds)
+        lines = compare([line(case, f"fastgpt, batch {B}", times[B], B, head=head_dtype(dtype)) for B in (8, 1)])
+        if dtype != "int4":  # whose products are not multiply-adds of floats
+            matrices = sum(N * K for N, K in packed.sizes(self.config).values())
+            for r in lines:
+                r["share"] = 2 * matrices * r["value"] * statistics.median(times["work"])
+        return lines
 
     def passes(self, decoder, rows):
         """Take turns with passes of some rows of one text after T tokens: {name: times} for {name: (T, rows)}."""
@@ -258,7 +271,7 @@ class Bench:
         return cases | {"small": self.small} | {f"first {dtype}": partial(self.first, dtype) for dtype in packed.DTYPES}
 
 
-COLUMNS = {"case": -22, "contestant": -28, "head": -10, "speed": 16, "spread": 8, "of limit": 10, "ratio": 8}
+COLUMNS = {"case": -22, "contestant": -31, "head": -10, "speed": 16, "spread": 8, "of limit": 10, "ratio": 8}
 
 
 def cells(r):
@@ -280,7 +293,8 @@ def notes(results):
         f"GPT-2 124M, random weights, unless said. decode: batch 1, after {CONTEXT} tokens; prefill: {PROMPT} tokens.",
         "speed: the median, ± half the distance of the quartiles. head: dtype of the rows that logits are made of.",
         "of limit: bytes of weights, keys and values that a token reads, as a share of the speed at which all threads",
-        "read memory, measured in the same turns. ratio: how many times as fast the case's first line is as this one.",
+        "read memory; for batches, products as a share of the multiply-adds in float32 that all threads can do; both",
+        "measured in the same turns. ratio: how many times as fast the case's first line is as this one.",
         *(f"Not measured: {name}: {why}." for name, why in results["absent"].items()),
     ]
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import gpt
 
@@ -58,7 +57,7 @@ def make_step(model, tokens):
 
     def step(loss):
         loss(tokens[:, :-1], tokens[:, 1:]).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        gpt.clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -16,7 +16,8 @@ import torch
 from . import _kernels, packed
 from .packed import expect
 
-FAST_PROMPTS = "with int8 weights: round prompts' activations to int8, too, for products of whole numbers"
+FAST_PROMPTS = "with bfloat16 or int8 weights: round prompts' activations like them, for faster products"
+FAST_PROMPTS_NEED = "bfloat16 with AVX-512 BF16, AMX or ARM's BF16, or int8 with AVX-512 VNNI"
 SHORT = 8  # prompts up to this length go through the layers as tokens do, longer ones through the matmul
 MATCHES = (5, 3)  # tokens at a text's end that have occurred before, for a draft of the next ones
 TOGETHER = 4096  # tokens of several prompts that go through the matmul at once
@@ -29,8 +30,9 @@ class Decoder:
     dtype     of the weights: float32, bfloat16, int8 (a scale for each row) or int4 (a scale for 32 values, wte in
               int8; its products round activations to int8, too). None: what the folder has been packed in, or float32
     kv_dtype  of the cache of keys and values: float32 or bfloat16
-    fast_prompts   with int8 weights, on processors with AVX-512 VNNI: a prompt's activations are rounded to int8, too,
-              with a scale for each 256 channels, for products of whole numbers; tokens after it are computed as ever
+    fast_prompts   a prompt's activations are rounded as its weights are, for faster products; tokens after it are
+              computed as ever. With bfloat16 weights as fastgpt.bfloat16 does, on the processors that it needs; with
+              int8 weights to int8, with a scale for each 256 channels, on processors with AVX-512 VNNI
 
     The weights are copied: what becomes of the model later does not matter. A token's bits depend on its own text
     alone, neither on other rows of the batch nor on the number of threads. One thread may use a decoder at a time.
@@ -44,6 +46,10 @@ class Decoder:
         c = self.config
         sizes = c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size
         tensors = list(self.packed.tensors.values())
+        can = not fast_prompts or _kernels.rounds_prompts(self.dtype)
+        expect(
+            can, f"Decoder: fast_prompts with {self.dtype} weights on {_kernels.isa()}, expected {FAST_PROMPTS_NEED}"
+        )
         self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors, bool(fast_prompts))
         self.fast_prompts = bool(fast_prompts)
         self._lock, self._spare = threading.RLock(), np.empty(0, np.uint8)

@@ -26,7 +26,7 @@ from . import tokenizer as tokenizers
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 FILE = "packed.safetensors"
 FORMAT, VERSION, GROUP = "fastgpt packed", "1", "32"
-PIECE = 1 << 24  # bytes that are read and checked at a time
+PIECE, PART = 1 << 24, 1 << 20  # bytes that a thread takes and has a checksum for; that it reads and checks at once
 
 
 def expect(good, message, error=ValueError):
@@ -237,13 +237,14 @@ def crcs(memory, file=None, offset=0):
     """CRC-32 of each piece of memory; with a file, memory is read from it first. All threads do it."""
 
     def one(at):
-        piece = memory[at : at + PIECE].data
-        done = 0
-        while file is not None and done < len(piece):
-            n = os.preadv(file, [piece[done:]], offset + at + done)
+        piece, done, crc = memory[at : at + PIECE].data, 0, 0
+        while done < len(piece):  # a part at a time, checked while the cache holds it
+            part = piece[done : done + PART]
+            n = len(part) if file is None else os.preadv(file, [part], offset + at + done)
             expect(n > 0, "it ends too early")
+            crc = zlib.crc32(part[:n], crc)
             done += n
-        return zlib.crc32(piece)
+        return crc
 
     with ThreadPoolExecutor(_kernels.num_threads()) as threads:
         return list(threads.map(one, range(0, len(memory), PIECE)))

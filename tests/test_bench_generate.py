@@ -88,6 +88,7 @@ def test_the_report_names_what_is_missing_and_is_written(tmp_path, monkeypatch, 
     with open(figures, encoding="utf-8") as file:
         rows = json.load(file)["rows"]
     assert [r["name"] for r in rows if r["case"] == "decode float32"] == ["fastgpt float32"]
+    assert all(r["share"] > 0 for r in rows if r["name"].startswith("fastgpt, batch"))
     assert 0 < rows[0]["share"] and all(r["value"] > 0 for r in rows)
     ratios = {r["case"]: r["ratio"] for r in rows if r["ratio"]}
     assert ratios["batch of 8, bfloat16"] > 1 and ratios["lookup, float32"] > 1

@@ -83,18 +83,17 @@ class Hidden(torch.nn.Module):
         return self.model.hidden(idx)
 
 
-def has_int8_products(isa):
-    has = _kernels.use_dot_products(False)
-    _kernels.use_dot_products(has)
-    return has and isa in ("avx512", "amx")
+def assert_as_exact(decoder, logits, idx, take=slice(None), ops=None, in_bfloat16=False):
+    """`logits` by the rule of fastgpt check: as near to gpt.py's on the rounded weights as float32 may be.
 
-
-def assert_as_exact(decoder, logits, idx, take=slice(None), ops=None):
-    """`logits` by the rule of fastgpt check: as near to gpt.py's on the rounded weights as float32 may be."""
+    in_bfloat16: as near as bfloat16 products may be.
+    """
     model = decoder.packed.to_model()
     params = {name: p.detach() for name, p in model.named_parameters()}
     formula = formula_logits(model.config, idx, Int4Ops if decoder.dtype == "int4" else ops)
-    rows = check.compare("decoder", None, 0, lambda **_: logits, params, {}, (), lambda **p: formula(**p)[:, take])
+    taken = lambda **p: formula(**p)[:, take]  # noqa: E731
+    kernel = lambda **_: logits  # noqa: E731
+    rows = check.compare("decoder", None, 0, kernel, params, {}, (), taken, in_bfloat16=in_bfloat16)
     assert [r for r in rows if not r.ok] == []
 
 
@@ -116,18 +115,44 @@ def test_tokens_logits_are_as_exact_as_the_formula(config, dtype, first, isa):
 WIDE = gpt.GPTConfig(n_layer=1, n_head=3, n_embd=300, block_size=70, vocab_size=97)  # more than 256 channels
 
 
+@pytest.mark.parametrize("dtype", ("bfloat16", "int8"))
 @pytest.mark.parametrize("config", [ODD, WIDE], ids=["odd", "wide"])
-def test_fast_prompts_are_as_exact_as_the_formula_on_rounded_activations(config, isa, threads):
-    """And a row's bits are its own. Without the instruction they are what they are without the option."""
-    decoder, idx = fastgpt.Decoder(make_model(config), "int8", fast_prompts=True), tokens(config, 3, 37)
+def test_fast_prompts_are_as_exact_as_the_formula_on_rounded_activations(config, dtype, isa, threads):
+    """And a row's bits are its own. bfloat16 is held to gpt.py in bfloat16 products."""
+    model = make_model(config)
+    if not _kernels.rounds_prompts(dtype):
+        with pytest.raises(ValueError, match=f"fast_prompts with {dtype} weights on {isa}, expected"):
+            fastgpt.Decoder(model, dtype, fast_prompts=True)
+        return
+    decoder, idx = fastgpt.Decoder(model, dtype, fast_prompts=True), tokens(config, 3, 37)
     logits = decoder.logits(idx)
-    assert_as_exact(decoder, logits, idx, ops=FastInt8Ops if has_int8_products(isa) else None)
-    same = torch.equal(logits, fastgpt.Decoder(make_model(config), "int8").logits(idx))
-    assert same != has_int8_products(isa)
+    how = dict(in_bfloat16=True) if dtype == "bfloat16" else dict(ops=FastInt8Ops)
+    assert_as_exact(decoder, logits, idx, **how)
+    assert not torch.equal(logits, fastgpt.Decoder(model, dtype).logits(idx))
     together = stepwise(decoder, idx, 37)  # three prompts at once
     assert torch.equal(together[:, 0], torch.cat([stepwise(decoder, row[None], 37)[:, 0] for row in idx]))
     threads(1)
     assert torch.equal(decoder.logits(idx), logits)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "int4"))
+def test_fast_prompts_of_a_dtype_that_has_none_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"fast_prompts with {dtype} weights on .*, expected bfloat16 with AVX-512"):
+        fastgpt.Decoder(make_model(ODD), dtype, fast_prompts=True)
+
+
+@pytest.mark.parametrize("config", [ODD, WIDE], ids=["odd", "wide"])
+def test_fast_prompts_in_bfloat16_are_near_the_kernels_that_train(config, isa):
+    """fastgpt.bfloat16 on the rounded weights differs only where it rounds wte's products, too, and in orders of sums."""
+    if not _kernels.rounds_prompts("bfloat16"):
+        pytest.skip(f"{isa} has no bfloat16 products here")
+    decoder, idx = fastgpt.Decoder(make_model(config), "bfloat16", fast_prompts=True), tokens(config, 2, 37)
+    exact = fastgpt.Decoder(make_model(config), "bfloat16").logits(idx)
+    model = decoder.packed.to_model(fastgpt.bfloat16)
+    with torch.no_grad():
+        trained = gpt.linear(model.hidden(idx), model.wte.weight)
+    distance = (decoder.logits(idx) - exact).norm()
+    assert (decoder.logits(idx) - trained).norm() < 0.5 * distance
 
 
 def test_int4_is_the_same_without_the_dot_product_instruction(isa):

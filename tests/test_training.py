@@ -108,6 +108,21 @@ def test_fine_tuning_starts_from_the_given_weights(data, tmp_path):
         torch.testing.assert_close(tuned[name], p.data, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", (0.5, 2.0))
+def test_gradients_longer_than_the_limit_are_scaled_and_others_are_not_touched(small, share):
+    model, reference = (gpt.GPT(small) for _ in range(2))
+    for i, (p, its) in enumerate(zip(model.parameters(), reference.parameters(), strict=True)):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) if i != 3 else None
+        its.grad = p.grad if p.grad is None else p.grad.clone()
+    before = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    limit = share * float(before.norm())
+    assert gpt.clip_gradients(model, limit) == pytest.approx(float(before.norm()), rel=1e-6)
+    if share < 1:
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), limit)
+    for p, its in zip(model.parameters(), reference.parameters(), strict=True):
+        assert p.grad is None and its.grad is None or torch.equal(p.grad, its.grad)
+
+
 def test_accumulated_batches_give_the_gradient_of_their_mean(small):
     tokens = torch.randint(small.vocab_size, (500,), generator=torch.Generator().manual_seed(0))
     states = []

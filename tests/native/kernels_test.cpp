@@ -601,6 +601,27 @@ static void decoder(const Kernels& k, const Gpt2& g) {
     check<float>(what, inputs, formula, kernel);
 }
 
+// Prompts in bfloat16 products against those of the same weights in float32 ones: near, and not the same.
+static void prompts_in_bfloat16(const Kernels& k) {
+    for (int64_t D : {24, 13}) {
+        Gpt2 g{2, 3, D, 37, 19, Packing::bfloat16, Packing::float32};
+        std::vector<Values<float>> in;
+        for (const auto& [N, K] : g.shapes()) in.push_back(as<float>(normal(N * std::max(K, int64_t(1)), K ? .3 : 1)));
+        const auto exact = PackedGpt2(k.decoder, g, in).logits("bfloat16")[1];
+        g.fast_prompts = true;
+        const auto fast = PackedGpt2(k.decoder, g, in).logits("bfloat16, fast prompts")[1];
+        double distance = 0, size = 0;
+        for (size_t i = 0; i < exact.size(); i++) {
+            distance += (fast[i] - exact[i]) * (fast[i] - exact[i]);
+            size += exact[i] * exact[i];
+        }
+        compared++;
+        if (distance > 0 && distance < 4e-4 * size) continue; // 8 bits, in two layers
+        failed++;
+        printf("FAILED %s decoder bfloat16, fast prompts, D %d: distance %g\n", k.name, int(D), sqrt(distance / size));
+    }
+}
+
 // sample.h against the rule in plain words.
 static int64_t drawn(const Values<float>& logits, double temperature, int64_t top_k, double top_p, double u) {
     std::vector<int64_t> ids(logits.size());
@@ -685,6 +706,7 @@ int main(int count, char** names) {
         all<double>(*k, std::string(k->name) + " double");
         if (k->has_bfloat16()) matmuls<float>(k->bfloat16, std::string(k->name) + " bfloat16", bfloat16);
         decoders(*k);
+        if (k->has_bfloat16()) prompts_in_bfloat16(*k);
         printf("%s: done%s\n", k->name, k->has_bfloat16() ? ", with bfloat16 products" : "");
     }
     printf("%d passed, %d failed\n", compared - failed, failed);
