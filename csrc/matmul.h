@@ -95,8 +95,8 @@ template <class Engine, class T> struct Workspace {
 };
 
 // Fetches the panel of B that is packed next, a share of its lines for each micro-panel that is multiplied meanwhile:
-// B of the head lies in memory, far away. A B that the third-level cache may hold is not worth the instructions, and
-// one of rank 0 is packed already (strips.h).
+// B of the head lies in memory, far away. A B that the third-level cache may hold is not worth the instructions; one of
+// rank 0 is a single row, or packed already (strips.h).
 template <class T> class NextPanel {
   public:
     NextPanel(const MatmulArgs<T>& args, int64_t n, int64_t width, int64_t k0, int64_t kc, int64_t shares)

@@ -1,7 +1,8 @@
 // Matrix products on the microkernel, the engine that takes every type and every value: its blocks, how it packs A and
 // B (matmul.h says why), and its one step. Packed, A and B are X: values of T, or of float in pairs of bfloat16
 // (bfloat16.h), two k in one, of the same size. A workspace counts in values of T. Pairs halve the time of a product,
-// but not of packing B and of adding to C: so their C blocks have twice the rows, which the smaller KC leaves room for.
+// but not of packing B and of adding to C: so their C blocks have twice the rows. The smaller KC keeps a block of A at
+// 768 KiB; measured on Zen 5, whose second-level cache has 1 MiB a core.
 //
 // Compiled once per instruction set (all_kernels.h).
 

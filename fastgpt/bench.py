@@ -349,12 +349,14 @@ def memory():
     return results
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
 def keep_memory():
     """Let malloc keep what is freed (glibc): else each large tensor is cleared anew, page by page, in every round."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 1 << 30)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25):  # an older glibc's largest
+            mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def plot(rows, path):

@@ -39,7 +39,7 @@ def read(path, limit=None):
         if line.strip() and len(items) != limit:
             with gpt.reported_as(f"--choices: line {n} of {path} is no item"):
                 items.append(make_item(n, json.loads(line)))
-    expect(items, f"--choices is {path!r}, which has no items")
+    expect(items, f"--choices is {path!r}, which has no items, expected one a line")
     return items
 
 

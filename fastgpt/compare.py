@@ -43,7 +43,7 @@ MAX_WINDOWS = 256  # of the evaluations during a run
 
 @dataclass
 class CompareConfig(gpt.Options):
-    """Train from scratch, fine-tune, train LoRA adapters, or take a model as it is: each on the same budget."""
+    """Compare four ways to a model on one budget: from scratch, fine-tuned, LoRA adapters, and pretrained as it is."""
 
     init: str | None = gpt.option(None, "the pretrained model: a folder, or gpt2, gpt2-medium, ...")
     data: str | None = gpt.option(None, "text file in UTF-8, or shards; without it, Python's own help texts")
@@ -119,9 +119,9 @@ class Results:
 
     def settle(self, **found):
         """The base and the text are what they were."""
-        for key, words in (("base", "--init has other weights than it had"), ("text", "--data is not as it was")):
+        for key, words in (("base", "the weights of --init have changed"), ("text", "the text of --data has changed")):
             was, now = self.saved.get(key, found[key]), found[key]
-            gpt.expect(was == now, f"{words}: {now}, it was {was}; take another --out")
+            gpt.expect(was == now, f"{words}: {now}, expected {was}; take another --out")
         self.saved |= found
         self.save()
 
@@ -356,7 +356,7 @@ def findings(results):
     others = [AS_IT_IS, "lora", "finetuned"]
     times = {way: first_below(scratch, ways[way]["validation"]) for way in others}
     words = [f"{config.title(way)}: {'never' if t is None else f'after {t:.1f} s'}" for way, t in times.items()]
-    yield f"From scratch reaches the loss of {'; '.join(words)}."
+    yield f"Training from scratch reaches the validation loss of the others: {'; '.join(words)}."
     full, adapters = ways["finetuned"], ways["lora"]
     timed = results.saved.get("step_seconds")  # in turns; the runs may have had other neighbours each
     ms = [1e3 * (timed[way] if timed else ways[way]["step_seconds"]) for way in ("lora", "finetuned")]
@@ -372,7 +372,7 @@ def findings(results):
             lower = f"{best['validation']:.4f} instead of {last:.4f}"
             yield f"{config.title(way)} was better after step {best['step']:,} ({lower}): {way}/best has those weights."
         if ways[way]["resumed"]:
-            yield f"{config.title(way)} was stopped in between: its peak is that of the process that ended it."
+            yield f"{config.title(way)} was stopped and resumed: its peak memory is that of the last process alone."
 
 
 def legend(results):

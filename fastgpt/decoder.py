@@ -35,21 +35,21 @@ class Decoder:
               int8 weights to int8, with a scale for each 256 channels, on processors with AVX-512 VNNI
 
     The weights are copied: what becomes of the model later does not matter. A token's bits depend on its own text
-    alone, neither on other rows of the batch nor on the number of threads. One thread may use a decoder at a time.
+    alone, neither on other rows of the batch, if these are finite, nor on the number of threads. One thread may use a
+    decoder at a time.
     """
 
     def __init__(self, model, dtype=None, kv_dtype="float32", fast_prompts=False):
         expect(kv_dtype in packed.DTYPES[:2], f"Decoder: kv_dtype is {kv_dtype!r}, expected float32 or bfloat16")
+        if dtype is not None:
+            check_fast_prompts(fast_prompts, dtype)
         self.packed = packed.load(model, dtype)
+        check_fast_prompts(fast_prompts, self.packed.dtype)
         self.config, self.dtype, self.kv_dtype = self.packed.config, self.packed.dtype, kv_dtype
         self.tokenizer = self.packed.tokenizer  # its name, or None
         c = self.config
         sizes = c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size
         tensors = list(self.packed.tensors.values())
-        can = not fast_prompts or _kernels.rounds_prompts(self.dtype)
-        expect(
-            can, f"Decoder: fast_prompts with {self.dtype} weights on {_kernels.isa()}, expected {FAST_PROMPTS_NEED}"
-        )
         self._kernel = _kernels.Decoder(*sizes, self.dtype, packed.head_dtype(self.dtype), tensors, bool(fast_prompts))
         self.fast_prompts = bool(fast_prompts)
         self._lock, self._spare = threading.RLock(), np.empty(0, np.uint8)
@@ -138,6 +138,11 @@ class Decoder:
         expect(
             0 <= low and high < V, f"Decoder: idx has {low if low < 0 else high}, expected 0 <= idx < vocab_size={V}"
         )
+
+
+def check_fast_prompts(wanted, dtype):
+    can = not wanted or _kernels.rounds_prompts(dtype)
+    expect(can, f"Decoder: fast_prompts with {dtype} weights on {_kernels.isa()}, expected {FAST_PROMPTS_NEED}")
 
 
 def check_options(max_new_tokens, temperature, top_k, top_p, seed):

@@ -35,7 +35,8 @@ def find(name):
     several, count = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.accelerator.device_count()
     gpt.expect(not several or name == "cuda", f"--device is {name!r} for several processes, expected cpu or cuda")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    gpt.expect(index < count, f"--device is {name!r}, number {index} from 0, but torch finds {count}")
+    wanted = f"expected 0 to {count - 1}, or fewer processes"
+    gpt.expect(index < count, f"--device is {name!r}: this process would take GPU {index}, {wanted}")
     torch.accelerator.set_device_index(index)
     return torch.device(device.type, index)
 
@@ -47,9 +48,13 @@ class Place:
         self.device, self.autocast, self.compiled = device, autocast, compiled
         self.away = device.type != "cpu"
         if autocast:
-            gpt.expect(has_bfloat16(device), f"--dtype bfloat16: {device} has none, expected float32")
+            gpt.expect(has_bfloat16(device), f"--dtype is bfloat16, which {device} lacks, expected float32")
         if compiled:
             try_to_compile(device)
+
+    def dtype(self, ops):
+        """Of the operands of products, as --dtype names it."""
+        return "bfloat16" if self.autocast or getattr(ops, "linear", None) is bfloat16.linear else "float32"
 
     def __str__(self):
         names = dict(cpu=_kernels.isa, cuda=torch.cuda.get_device_name, mps=lambda: "mps")
@@ -90,7 +95,7 @@ class Place:
         """flops a second of these formulas' products, by a short measurement."""
         if self.away:
             return metrics.matmul_limit(self.device, torch.bfloat16 if self.autocast else torch.float32)
-        return metrics.limit(_kernels.has_bfloat16() and (self.autocast or ops.linear is bfloat16.linear))
+        return metrics.limit(_kernels.has_bfloat16() and self.dtype(ops) == "bfloat16")
 
 
 def fetch(model, optimizer, trained, its_optimizer):
@@ -115,7 +120,7 @@ def has_bfloat16(device):
 
 def try_to_compile(device):
     """ValueError if torch.compile lacks something here, such as a C++ compiler: before the run begins."""
-    torch._dynamo.config.capture_scalar_outputs = True  # dropout's seed, an int, is then no end of a graph
+    torch._dynamo.config.capture_scalar_outputs = True  # dropout's seed, an int, then breaks no graph
     try:
         torch.compile(torch.tanh)(torch.ones(8, device=device, requires_grad=True)).sum().backward()
     except RuntimeError as error:

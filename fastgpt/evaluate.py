@@ -120,6 +120,7 @@ def main(argv=None):
         typed["model"] = folder
     config = EvalConfig(**typed)
     check_options(typed, whole)
+    expect(against or not fast_prompts, "--fast-prompts is for what is compared, expected --against with it")
     items = choices.read(config.choices, config.limit) if config.choices is not None else None
     names, models = load(config.model, against, fast_prompts)
     tokenizer = tokenizers.of_model(models[0], config.model, config.tokenizer)

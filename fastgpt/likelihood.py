@@ -1,8 +1,9 @@
 """How probable models find a text: the loss over sliding windows, and what two models predict at each token.
 
 A window of T begins every `stride` tokens. Of each but the first only the last `stride` targets count, so every token
-but the first counts once, after T - stride + 1 tokens or more. With stride T the windows are gpt.py's: the first token
-of each sees one token alone, so the loss is higher than that of the same model in use.
+but the first counts once, and after the first window each has T - stride + 1 tokens or more before it. With stride T
+the windows are gpt.py's: the first token of each sees one token alone, so the loss is higher than that of the same
+model in use.
 """
 
 import math
@@ -99,5 +100,5 @@ def kl_divergence(p_logits, q_logits):
     pieces = []
     for p, q in zip(p_logits.split(ROWS), q_logits.split(ROWS), strict=True):
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        pieces.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # but for its rounding, it is
+        pieces.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # below 0 by rounding alone
     return pieces

@@ -103,7 +103,9 @@ def loader(adapter):
 
     def build(cls, sizes, tensors, ops):
         model = adapt(cls.from_pretrained(adapter["init"], ops, sizes.dropout), adapter["lora"], adapter["lora_alpha"])
-        gpt.expect(checksum(model) == adapter["base"], f"--init {adapter['init']} has other weights than it had")
+        gpt.expect(
+            checksum(model) == adapter["base"], f"--init {adapter['init']} has other weights than when it was adapted"
+        )
         for name, p in gpt.trained(model).items():
             p.data.copy_(gpt.take(tensors, name, p))
         return model

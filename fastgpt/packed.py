@@ -255,8 +255,9 @@ def checksum(about, pieces):
 
 
 def is_known(formula, name):
-    """Is it gpt.py's formula or the kernel for it?"""
-    return getattr(formula, "__name__", None) == name and formula.__module__ in ("gpt", "__main__", "fastgpt.ops")
+    """Is it gpt.py's formula, or ours or torch's function for it?"""
+    ours = ("gpt", "__main__", "fastgpt.ops", "fastgpt.bfloat16", "fastgpt.torch_ops")
+    return getattr(formula, "__name__", None) == name and formula.__module__ in ours
 
 
 def by_head(x, H):

@@ -46,7 +46,7 @@ def attention(qkv, n_head, dropout=0.0, seed=0):
     return merge_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
 
 
-attention.attend = attend  # type: ignore[attr-defined]  # a cache of keys and values asks for it
+attention.attend = attend  # type: ignore[attr-defined]  # gpt.KVCache calls it
 
 
 def lm_loss(hidden, weight, targets):

@@ -120,7 +120,7 @@ class Run:
                 gpt.progress("")
                 if self.step > self.saved:
                     self.save()
-                goes_on = f"after step {self.saved}; `train --resume --out {self.config.out}` goes on"
+                goes_on = f"after step {self.saved}; `fastgpt train --resume --out {self.config.out}` goes on"
                 print(f"stopped {goes_on if self.saved else 'before the first step; nothing was saved'}", flush=True)
             if self.interrupts.agreed:
                 with processes.connected():
@@ -261,9 +261,8 @@ def run(typed, ops, place, interrupts, team):
         def train(model, optimizer, tokens, val, config, step):
             if adapter and not resume:
                 optimizer = lora.begin(model, adapter, config)
-            about = dict(
-                data=data.describe(tokens, val), windows=windows, machine=machine(ops, place), lora=json.dumps(adapter)
-            )
+            about = dict(data=data.describe(tokens, val), windows=windows, lora=json.dumps(adapter))
+            about |= dict(machine=machine(ops, place), dtype=place.dtype(ops))
             config = shared_out(config, team)
             say_how(config, step, before, about)
             if config.tokenizer == tokenizers.OWN and folder != out and team.rank == 0:
@@ -334,10 +333,16 @@ def machine(ops, place):
     return f"torch {torch.__version__}, {getattr(ops, '__name__', 'gpt')} on {place}"
 
 
+def read_about(path):
+    """What a checkpoint says about itself."""
+    with gpt.reported_as(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def say_changes(path, typed):
     """What was typed other than the run's own options. -> what the checkpoint says about itself"""
-    with gpt.reported_as(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
-        about = file.metadata()
+    about = read_about(path)
+    with gpt.reported_as(f"{path} is missing or damaged"):
         saved = json.loads(about["options"]) | {"windows": about.get("windows", "random")}
         changed = [k for k, x in typed.items() if k != "out" and x != saved.get(k, x)]
     if changed:
@@ -380,9 +385,15 @@ def remove(folder, names):
             os.remove(os.path.join(folder, name))
 
 
+def saved_dtype(typed):
+    """That of the run that is resumed, which goes on in it unless another is typed."""
+    path = os.path.join(typed.get("out", "out"), FILES[0])
+    return read_about(path).get("dtype") if typed.get("resume") and os.path.isfile(path) else None
+
+
 def choose(typed, ops):
     """The functions to train on, and the place, as the options say. ValueError where these don't go together."""
-    own, in_bfloat16 = typed.pop("ops", None), typed.pop("dtype", None) == "bfloat16"
+    own, in_bfloat16 = typed.pop("ops", None), (typed.pop("dtype", None) or saved_dtype(typed)) == "bfloat16"
     where = device.find(typed.pop("device", "cpu"))
     kernels, compiled = where.type == "cpu" and own != "torch", typed.pop("compile", False)
     gpt.expect(not (kernels and compiled), "--compile is for torch's functions, expected --ops torch with it")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parity import T_SIZES, TINY_SHAPES, assert_parity, cases, slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastgpt
+import fastgpt.train
 import gpt
 from fastgpt import _kernels, bfloat16, check
 from fastgpt.rounding import PRODUCTS
@@ -293,6 +293,27 @@ def test_a_model_learns_and_generates_with_it(isa, small):
         optimizer.step()
     assert loss.item() < 0.1
     assert model.generate(tokens[:, :8], 6, temperature=0)[0, 8:].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_keeps_its_dtype_unless_another_is_typed(isa, data, tmp_path, capsys):
+    def resumed(out, *more):
+        out = str(tmp_path / out)
+        size = ["--n-layer", "1", "--n-embd", "32", "--block-size", "16"]
+        fastgpt.train.main(
+            ["--out", out, "--data", data, *size, "--steps", "2", "--sample", "1", "--dtype", "bfloat16"]
+        )
+        capsys.readouterr()
+        fastgpt.train.main(["--out", out, "--resume", "--steps", "4", *more])
+        return gpt.load_tensors(os.path.join(out, "model.safetensors"))[0], capsys.readouterr().out
+
+    (silent, said), (typed, _), (other, said_of_other) = (
+        resumed("silent"),
+        resumed("typed", "--dtype", "bfloat16"),
+        resumed("other", "--dtype", "float32"),
+    )
+    assert "may differ" not in said and "may differ" in said_of_other
+    assert all(torch.equal(x, typed[name]) for name, x in silent.items())
+    assert any(not torch.equal(x, other[name]) for name, x in silent.items())
 
 
 def test_a_second_derivative_and_float64_are_refused(isa):

@@ -186,7 +186,7 @@ def test_an_interrupt_inside_the_optimizer_waits_for_its_end(data, out, monkeypa
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(module, "adam", adam)
         train(out, "--data", data, *TINY)
-    assert "stopped after step 3; `train --resume" in capsys.readouterr().out
+    assert "stopped after step 3; `fastgpt train --resume" in capsys.readouterr().out
     assert gpt.load_tensors(out / FILES[0])[1]["step"] == "3"
     train(out, "--resume")
     assert_same(tensors(out.with_name("whole")), tensors(out))
@@ -301,6 +301,14 @@ def test_damaged_file_is_one_line_with_its_name(data, out, name, capsys):
         for file, content in original.items():
             (out / file).write_bytes(content)
     assert harmless < 0.8 * n
+
+
+@pytest.mark.parametrize("name", FILES[:2])
+def test_a_checksum_whose_name_is_damaged_is_missed(trained, name):
+    path = trained / name
+    path.write_bytes(path.read_bytes().replace(b"crc32", b"crc72", 1))
+    with pytest.raises(ValueError, match=f"{name}.*CRC-32 does not match"):
+        gpt.load_tensors(path)
 
 
 def rewritten(path, change):

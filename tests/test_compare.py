@@ -256,11 +256,11 @@ def test_other_weights_another_text_or_a_damaged_file_are_refused(run, out, base
     assert run() == 0
     content = Path(text).read_text()
     Path(text).write_text(content + "more")
-    assert run() == 1 and "--data is not as it was" in capsys.readouterr().err
+    assert run() == 1 and "the text of --data has changed" in capsys.readouterr().err
     Path(text).write_text(content)
     argv = ["--out", base, "--data", data, *SIZES, "--steps", "2", "--sample", "0", "--seed", "5", "--overwrite"]
     fastgpt.train.main(argv)
-    assert run() == 1 and "--init has other weights than it had" in capsys.readouterr().err
+    assert run() == 1 and "the weights of --init have changed" in capsys.readouterr().err
     assert results(out)["ways"].keys() == {"as it is", *compare.TRAINED}
     (out / "compare.json").write_text('{"settings": {}}')
     assert run() == 1 and "whose compare.json is damaged" in capsys.readouterr().err

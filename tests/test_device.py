@@ -285,7 +285,9 @@ def test_each_process_takes_the_gpu_of_its_number(gpus, monkeypatch):
     with pytest.raises(ValueError, match="--device is 'cuda:0' for several processes, expected cpu or cuda"):
         device.find("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="--device is 'cuda', number 2 from 0, but torch finds 2"):
+    with pytest.raises(
+        ValueError, match="--device is 'cuda': this process would take GPU 2, expected 0 to 1, or fewer"
+    ):
         device.find("cuda")
 
 
@@ -296,7 +298,7 @@ def test_each_process_takes_the_gpu_of_its_number(gpus, monkeypatch):
         (None, "cuda:", "expected cpu, cuda, cuda:N or mps"),
         (None, "meta", "expected cpu, cuda, cuda:N or mps"),
         (("cuda", 0), "cuda", "--device is 'cuda', but torch {} finds no GPU, expected cpu"),
-        (("cuda", 1), "cuda:1", "--device is 'cuda:1', number 1 from 0, but torch finds 1"),
+        (("cuda", 1), "cuda:1", "--device is 'cuda:1': this process would take GPU 1, expected 0 to 0"),
         (("cuda", 1), "mps", "--device is 'mps', but torch {} was built without mps, expected cuda or cpu"),
         (("mps", 1), "cuda", "--device is 'cuda', but torch {} was built without cuda, expected mps or cpu"),
     ],
@@ -312,9 +314,9 @@ def test_a_device_that_is_not_there_is_one_line_and_nothing_is_written(train, ou
 
 def test_bfloat16_that_a_gpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    with pytest.raises(ValueError, match="--dtype bfloat16: cuda:0 has none, expected float32"):
+    with pytest.raises(ValueError, match="--dtype is bfloat16, which cuda:0 lacks, expected float32"):
         Place(GPU, autocast=True)
-    with pytest.raises(ValueError, match="--dtype bfloat16: mps has none"):  # nor has torch an mps here
+    with pytest.raises(ValueError, match="--dtype is bfloat16, which mps lacks"):  # nor has torch an mps here
         Place(torch.device("mps"), autocast=True)
 
 

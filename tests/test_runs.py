@@ -228,7 +228,7 @@ def test_an_interrupt_during_an_evaluation_keeps_its_step(train, out, tmp_path, 
         patch.setattr(gpt, "lm_loss", lm_loss)
         train(out)
     assert end.value.code == 128 + number
-    assert "stopped after step 3; `train --resume" in capsys.readouterr().out
+    assert "stopped after step 3; `fastgpt train --resume" in capsys.readouterr().out
     assert gpt.load_tensors(out / CHECKPOINT)[1]["step"] == "3" and len(rows(out)) == 2
     train(out, "--resume")
     assert untimed(out) == untimed(tmp_path / "whole")
