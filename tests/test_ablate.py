@@ -110,6 +110,7 @@ def attention_of(name, qkv, ops=gpt):
     return build(name, ops).h[0].attn.formula(qkv, H)
 
 
+@pytest.mark.slow
 def test_rope_makes_scores_of_the_distance_alone_and_keeps_lengths():
     given = []
     ops = experiment.replaced(gpt, attention=lambda qkv, n_head: given.append(qkv) or qkv[..., :C])
@@ -236,6 +237,7 @@ def test_plain_init_is_that_of_torchs_own_layers():
     assert (model.ln_f.weight == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, rates, decay",
     [
@@ -301,6 +303,7 @@ def test_the_verdict_is_that_of_paired_differences(losses, causal, verdict, diff
     assert trials.compare(VARIANTS["relu"], runs_of([1.0]), runs_of([1.6])["seeds"])["verdict"] == "one seed"
 
 
+@pytest.mark.slow
 def test_the_noise_floor_is_the_far_end_of_the_interval_of_what_is_the_same(tmp_path, capsys):
     path = tmp_path / "a.json"
     assert ablate_command(path, "--only", "same,relu", "--seeds", "3") == 0
@@ -344,6 +347,7 @@ def seeds_in(path):
     return {name: run["seeds"] for name, run in json.loads(path.read_text())["runs"].items()}
 
 
+@pytest.mark.slow
 def test_runs_go_on_where_they_were_and_end_as_if_they_had_never_stopped(tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     assert ablate_command(whole, "--only", "relu,rope", "--seeds", "2") == 0
@@ -374,6 +378,7 @@ def test_runs_go_on_where_they_were_and_end_as_if_they_had_never_stopped(tmp_pat
     assert "6 runs of 3 steps, 6 done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_variant_whose_code_has_changed_is_trained_again(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     ablate_command(path, "--only", "relu", "--seeds", "1")
@@ -385,6 +390,7 @@ def test_a_variant_whose_code_has_changed_is_trained_again(tmp_path, monkeypatch
     assert trained == ["relu"]
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_figures_and_others_findings_and_the_plot_is_drawn(tmp_path, capsys):
     path, plot = tmp_path / "a.json", tmp_path / "a.png"
     assert ablate_command(path, "--only", "relu,no-mask", "--seeds", "2", "--plot", str(plot)) == 0
@@ -398,6 +404,7 @@ def test_the_table_holds_the_figures_and_others_findings_and_the_plot_is_drawn(t
     assert plot.read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_variant_that_diverges_says_so_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     def diverges(config, ops):
         """weights that are too large"""

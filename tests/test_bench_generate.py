@@ -31,6 +31,7 @@ def peer_of(program, model, dtype, folder):
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program, dtype", FLOAT, ids=str)
 def test_other_programs_give_the_same_tokens(model, program, dtype, tmp_path):
     """So they have the same weights and do the same work. Twice: no text leaves anything for the next."""

@@ -89,6 +89,7 @@ def test_kernel_is_as_exact_as_the_formula_with_rounded_operands(op, shape, isa)
     assert_parity(compare(op, shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 def test_parity_of_any_shape_strides_and_seed(op, data):
@@ -170,6 +171,7 @@ def test_the_formula_with_rounded_operands_is_not_caught(op):
         assert_parity(check.compare_results(op, shape, truth, formula_in_bfloat16(op, inputs, options)))
 
 
+@pytest.mark.slow
 def test_model_is_as_exact_as_the_formulas_with_rounded_operands(isa, small):
     assert_parity(check.compare_models(small, in_bfloat16=True))
 
@@ -258,6 +260,7 @@ def test_float32_products_stay_float32_beside_them(isa):
 # ------------------------------------------------------------------------------------------- what torch does
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, isa):
     inputs, options = check.make_inputs(op, TINY_SHAPES[op])
@@ -340,6 +343,7 @@ def test_refused_in_words_where_there_is_no_instruction_for_it(op, rows, isa_wit
             getattr(bfloat16, op)(**args, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx2" not in _kernels.isas(), reason="no second instruction set that lacks bfloat16")
 @pytest.mark.parametrize(
     "command", (["train", "--dtype", "bfloat16", "--steps", "1"], *slow(["info"], ["check", "--quick"]))

@@ -217,6 +217,7 @@ def test_interrupt_elsewhere_is_quiet(data, out, where, monkeypatch, capsys):
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", range(1, 4))
 def test_killed_between_two_files_each_still_loads(data, out, nth, monkeypatch):
     """--overwrite by a model of another size, cut off at each os.replace: one run's or the other's, no mixture."""

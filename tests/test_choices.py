@@ -169,6 +169,7 @@ def test_the_command_prints_both_accuracies(folders, capsys):
     assert figures.split()[:4] == [one, f"{right.mean():.4f}", "±", f"{choices.standard_error(right):.4f}"]
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_item_by_item(folders, capsys):
     one, two, path = folders
     assert front.main(["eval", one, "--choices", path, "--against", two, "float32"]) == 0

@@ -51,6 +51,7 @@ def test_environment_forces_an_instruction_set(name, tmp_path):
     assert f"in use: {name}" in run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set_is_an_error(tmp_path):
     run = fastgpt_command("info", cwd=tmp_path, FASTGPT_ISA="mmx")
     assert run.returncode != 0 and "FASTGPT_ISA is 'mmx', expected one of: " in run.stderr
@@ -225,6 +226,7 @@ def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
         assert capsys.readouterr().err.split() == ["fastgpt", f"{name}:", "stopped"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("after", (0.1, 0.4, 0.8))
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(after, tmp_path):
@@ -247,6 +249,7 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(after, tmp_path):
     assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads_ends_in_silence(tmp_path):
     code = "import sys; from fastgpt.__main__ import main; sys.exit(main(['info']))"
     read, write = os.pipe()
@@ -256,6 +259,7 @@ def test_a_pipe_that_nobody_reads_ends_in_silence(tmp_path):
     assert run.returncode == 1 and run.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk without space")
 def test_a_full_disk_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
@@ -297,6 +301,7 @@ def test_demo_leaves_the_models_of_others_alone(quick_demo, capsys):
     assert front.main(["generate", "--model", "out-demo-2", "--max-new-tokens", "3"]) == 0
 
 
+@pytest.mark.slow
 def test_demo_leaves_its_own_model_alone_once_somebody_trains_it_on(quick_demo, capsys):
     assert quick_demo() == 0
     assert front.main(["train", "--resume", "--steps", "5", "--out", "out"]) == 0

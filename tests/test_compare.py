@@ -135,6 +135,7 @@ def test_steps_are_timed_on_all_weights_and_on_adapters(base, data, monkeypatch)
     assert trained == dict(finetuned=16, lora=8)
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_goes_on_with_what_is_missing(run, out, in_this_process, monkeypatch, capsys):
     assert run() == 0
     whole = results(out)["ways"]

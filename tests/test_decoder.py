@@ -104,7 +104,7 @@ def test_prompts_logits_are_as_exact_as_the_formula(config, dtype, isa):
     assert_as_exact(decoder, decoder.logits(idx), idx)
 
 
-@pytest.mark.parametrize("first", (8, 9))
+@pytest.mark.parametrize("first", (9, *slow(8)))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_tokens_logits_are_as_exact_as_the_formula(config, dtype, first, isa):
@@ -115,6 +115,7 @@ def test_tokens_logits_are_as_exact_as_the_formula(config, dtype, first, isa):
 WIDE = gpt.GPTConfig(n_layer=1, n_head=3, n_embd=300, block_size=70, vocab_size=97)  # more than 256 channels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "int8"))
 @pytest.mark.parametrize("config", [ODD, WIDE], ids=["odd", "wide"])
 def test_fast_prompts_are_as_exact_as_the_formula_on_rounded_activations(config, dtype, isa, threads):
@@ -247,6 +248,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", *slow("bfloat16", "int8")))
 @pytest.mark.parametrize("config", LONG.values(), ids=LONG)
 def test_greedy_tokens_are_transformers_except_at_near_ties(config, dtype, tmp_path):

@@ -93,6 +93,7 @@ def test_ops_torch_trains_the_same_model_as_the_kernels(train, tmp_path, capsys)
     assert "last digits may differ: torch" in (said := capsys.readouterr().out) and "fastgpt.torch_ops on" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ((), ("--dtype", "bfloat16")), ids=("float32", "bfloat16"))
 def test_a_run_on_torchs_functions_goes_on_as_if_it_had_never_stopped(train, tmp_path, more):
     """With dropout, whose numbers are torch's own."""
@@ -125,6 +126,7 @@ def test_a_place_without_anything_special_leaves_the_model_alone(small):
     assert Place(CPU).settle(model, "optimizer", None) == (model, "optimizer") and "loss" not in vars(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ("torch", "file"))
 def test_own_functions_stand_beside_torchs_where_those_are_asked_for(what, tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
@@ -158,6 +160,7 @@ def compiled_by(backend, monkeypatch):
     return graphs
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_one_graph_and_the_same_model(train, tmp_path, monkeypatch):
     """Also with dropout: its seed, an int, ends no graph. Compilation to machine code is inductor's."""
     graphs = compiled_by("aot_eager", monkeypatch)
@@ -190,6 +193,7 @@ def test_without_a_compiler_nothing_begins(out, tmp_path):
 # ---------------------------------------------------------------------------------------------------- other devices
 
 
+@pytest.mark.slow
 def test_no_operation_of_a_step_mixes_devices():
     """Nor of what goes there and comes back: with and without adapters and dropout."""
     argv = [sys.executable, Path(__file__).parent / "fake_device.py"]

@@ -39,6 +39,7 @@ def distances(trained):
     return base, dict(zip(packed.DTYPES, results, strict=True))
 
 
+@pytest.mark.slow
 def test_a_model_is_at_no_distance_from_itself(distances, trained):
     base, results = distances
     assert len(base) == len(trained[1]) - 1
@@ -46,6 +47,7 @@ def test_a_model_is_at_no_distance_from_itself(distances, trained):
     assert results["float32"]["kl"].max() == 0 and results["float32"]["same"].all()
 
 
+@pytest.mark.slow
 def test_loss_is_gpt_pys(distances, trained):
     folder, tokens = trained
     model = gpt.GPT.from_pretrained(str(folder))
@@ -54,6 +56,7 @@ def test_loss_is_gpt_pys(distances, trained):
     assert float(distances[0].mean()) == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "int8"))
 def test_kl_divergence_is_that_of_gpt_py_on_the_rounded_weights(distances, trained, dtype):
     folder, tokens = trained
@@ -116,6 +119,7 @@ def test_loss_over_sliding_windows_is_the_plain_one(tiny, stride):
             assert likelihood.mean_loss(tiny, tokens[:n], stride, batch_size) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_without_overlap_the_loss_is_gpt_pys_to_the_bit(trained, ops):
     folder, tokens = trained
     model = gpt.GPT.from_pretrained(str(folder), ops)
@@ -123,6 +127,7 @@ def test_without_overlap_the_loss_is_gpt_pys_to_the_bit(trained, ops):
         assert likelihood.mean_loss(model, tokens[:n], T, batch_size) == gpt.evaluate(model, tokens[:n], batch_size)
 
 
+@pytest.mark.slow
 def test_decoders_see_the_same_windows(trained):
     folder, tokens = trained
     model, decoder = gpt.GPT.from_pretrained(str(folder), fastgpt), fastgpt.Decoder(str(folder))
@@ -139,6 +144,7 @@ def test_decoders_see_the_same_windows(trained):
 BOUNDS = {"bfloat16": (5e-5, 1e-3, 0.99), "int8": (5e-4, 2e-3, 0.98), "int4": (2e-2, 2e-2, 0.90)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_a_dtype_loses_no_more_than_it_should(distances, dtype):
     base, results = distances
@@ -148,6 +154,7 @@ def test_a_dtype_loses_no_more_than_it_should(distances, dtype):
     assert results[dtype]["same"].double().mean() > same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, most", (("bfloat16", 4), ("int8", 3)))
 def test_fast_prompts_cost_little_more_than_their_dtype(distances, trained, dtype, most):
     """Measured: 2.7 and 2 times."""
@@ -159,6 +166,7 @@ def test_fast_prompts_cost_little_more_than_their_dtype(distances, trained, dtyp
     assert 1 < result["kl"].mean() / distances[1][dtype]["kl"].mean() < most
 
 
+@pytest.mark.slow
 def test_smaller_dtypes_are_farther_away(distances):
     bfloat16, int8, int4 = (float(distances[1][dtype]["kl"].mean()) for dtype in packed.DTYPES[1:])
     assert bfloat16 < int8 < int4
@@ -171,6 +179,7 @@ def text(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_form(trained, text, tmp_path, capsys):
     folder = str(trained[0])
     front.main(["quantize", folder, "--dtype", "int4", "--out", str(tmp_path / "small")])
@@ -181,6 +190,7 @@ def test_the_command_prints_a_line_for_each_form(trained, text, tmp_path, capsys
     assert base.startswith(f"{folder} float32") and int4.split()[1:] == small.split()[1:]
 
 
+@pytest.mark.slow
 def test_without_against_it_is_gpt_pys(trained, text, capsys):
     folder = str(trained[0])
     for argv in (["--model", folder], [folder]):
@@ -190,6 +200,7 @@ def test_without_against_it_is_gpt_pys(trained, text, capsys):
     assert one == other == ["2,002 tokens in windows of 64", expected[1]] and expected[0] == "2,002 tokens"
 
 
+@pytest.mark.slow
 def test_the_line_says_what_was_measured(trained, text, capsys):
     folder = str(trained[0])
     losses = []
@@ -223,6 +234,7 @@ def test_all_of_a_text_are_its_tokens_as_one_row_and_all_of_shards_are_each_once
     assert row[np.arange(len(row))].tolist() == [256, *whole.tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -109,6 +109,7 @@ void linear_gelu(const float* x, const float* weight, const float* bias, float* 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_formula_itself_and_torchs_own_function_pass(name):
     from fastgpt import torch_ops
@@ -308,6 +309,7 @@ FAULTS = {  # as somebody else would write them: exercise, text, words of the ve
 FIRST = {name: fault for fault, (name, *_) in reversed(FAULTS.items())}.values()  # one of each exercise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [f if f in FIRST else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_a_fault_of_somebody_else_fails_and_is_told(fault):
@@ -390,6 +392,7 @@ def test_a_bad_file_ends_in_one_line(tmp_path, text, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_a_file_prints_is_shown_and_harms_nothing(tmp_path):
     text = (
         "import torch\ndef gelu(x):\n    print('x' * 200)\n    return torch.nn.functional.gelu(x, approximate='tanh')\n"
@@ -455,6 +458,7 @@ def test_what_cpp_may_do_wrong_is_a_message(tmp_path, fault):
     assert not right and any(w in " ".join(text.split()) for w in words.split("|")), text
 
 
+@pytest.mark.slow
 @compiler
 def test_other_arguments_and_a_missing_compiler_are_told(tmp_path, monkeypatch):
     path = written(
@@ -574,6 +578,7 @@ def losses(ops, steps=3):
     return found, model
 
 
+@pytest.mark.slow
 def test_a_gpt_trains_on_functions_of_a_file():
     ops = exercise.load_ops(RIGHT / "right.py")
     assert all(getattr(ops, name).__module__ == "right" for name in FORMULAS)
@@ -608,6 +613,7 @@ def test_cpp_without_a_backward_takes_the_formulas(tmp_path):
     assert losses(ops)[0] == pytest.approx(losses(fastgpt)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, words",
     [

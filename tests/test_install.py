@@ -15,6 +15,7 @@ import gpt
 TOP = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_folders_of_the_same_names_do_not_hide_it(tmp_path):
     # as where the project was cloned, one folder up
     for name in ("gpt", "fastgpt"):
@@ -33,6 +34,7 @@ def test_gpt_py_needs_nothing_of_the_project(tmp_path):
     assert run.stdout.strip() == str(tmp_path / "gpt.py"), run.stderr
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", (TOP / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks

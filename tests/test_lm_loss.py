@@ -79,6 +79,7 @@ def test_lm_loss_in_several_pieces(isa):
     torch.testing.assert_close(whole["dhidden"], torch.cat([x["dhidden"] for x in shares]), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_lm_loss_never_holds_all_logits():
     code = """
 import torch, fastgpt

@@ -485,6 +485,7 @@ PICTURES = """
 """
 
 
+@pytest.mark.slow
 @browser
 def test_clicks_and_keys_change_the_pictures(three, tmp_path):
     script = """
@@ -554,6 +555,7 @@ def test_the_tables_hold_what_the_pictures_show(page, tmp_path):
     assert "Position 7" in seen["alt"][0] and f"{max(weights):.3f}" in seen["alt"][0] and "head 2.1" in seen["alt"][1]
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize("width", (500, 1280))
 def test_the_page_is_as_wide_as_the_window(page, tmp_path, width):

@@ -31,7 +31,7 @@ def twins(config, dtype=torch.float32, seed=0):
     return reference, kernel
 
 
-@pytest.mark.parametrize("seed", (0, 1, 2))
+@pytest.mark.parametrize("seed", (0, *slow(1, 2)))
 def test_logits_loss_and_every_gradient(small, seed):
     assert_parity(check.compare_models(small, seed))
 
@@ -107,6 +107,7 @@ def test_bits_of_a_model_do_not_depend_on_threads_or_runs(small, threads):
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ("aot_eager", *slow("inductor")))
 def test_compiled_model_gives_the_same_loss(small, backend, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -252,6 +253,7 @@ def wrapped(qkv, n_head, dropout=0.0, seed=0):  # carries gpt.attention's attrib
     return rotary(qkv, n_head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", (gpt.attention, rotary, window_of_4, alibi, wrapped, fastgpt.attention))
 def test_any_attention_generates_the_same_ids_with_the_cache(small, attention):
     formulas = {name: getattr(gpt, name) for name in gpt.FORMULAS}

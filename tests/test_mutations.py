@@ -252,6 +252,7 @@ def test_the_formula_itself_is_not_caught(op):
         assert not caught(check.compare(op, shape, kernel=getattr(check.FORMULAS, op)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [name for name in MUTANTS if name != "square weight not transposed"])
 def test_fault_in_a_model_is_caught(small, fault):
     op, _, mutant = MUTANTS[fault]

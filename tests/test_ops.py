@@ -161,6 +161,7 @@ def test_two_python_threads_at_once_get_the_bits_of_one(n, threads, isa):
 # -------------------------------------------------------------------------------------------- autograd, torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize(
     "op, args",

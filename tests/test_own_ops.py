@@ -42,6 +42,7 @@ def test_a_file_of_right_functions_trains_the_same_model_as_the_kernels():
     assert any(not torch.equal(mine[name], x) for name, x in kernels.items())  # other code, another rounding
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_model_is_trained_on(capsys):
     Path("mine.py").write_text("def gelu(x):\n    return 0 * x\n")
     assert not run("--ops=mine.py", "--out", "mine")
@@ -54,6 +55,7 @@ def test_the_file_is_what_the_model_is_trained_on(capsys):
     assert "step 3:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, text, message",
     [

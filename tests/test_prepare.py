@@ -191,6 +191,7 @@ def make_inputs():
     return [*FILES, "--tokenizer", "bytes", "--shard-size", "3000", "--val", "0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", (KeyboardInterrupt, OSError), ids=("Ctrl-C", "disk full"))
 def test_a_run_stopped_at_any_file_ends_with_the_bytes_of_one_go(kind, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "CHUNK", 100)
@@ -441,6 +442,7 @@ def test_one_shard_is_cut_for_validation_and_a_text_is_no_shard():
     assert isinstance(train, np.ndarray) and data.tokenizer_of("text") is None
 
 
+@pytest.mark.slow
 def test_reading_windows_all_over_a_large_shard_takes_little_memory():
     n = 100_000_000
     with open("large.bin", "wb") as file:
@@ -582,6 +584,7 @@ def test_a_folder_s_vocabulary_gives_the_tokens_of_transformers(vocabulary):
     assert merged > 1000
 
 
+@pytest.mark.slow
 def test_gpt2_s_own_files_are_gpt2(gpt2, gpt2_tokenizer_files):
     folder = Path("hub")
     folder.mkdir()

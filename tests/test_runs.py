@@ -110,6 +110,7 @@ class KilledError(Exception):
     """Ends a run as kill -9 would: nobody catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function, nth", [("train_step", 6), ("save_checkpoint", 2), ("evaluate", 2), ("write_pretrained", 4), ("evaluate", 3)])  # fmt: skip
 def test_a_log_is_cut_back_to_the_step_that_a_run_goes_on_from(train, out, tmp_path, monkeypatch, function, nth):
     """Killed during a step, a checkpoint, an evaluation (of two), while the best weights are written."""

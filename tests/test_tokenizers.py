@@ -49,6 +49,7 @@ def test_known_ids(tokenizer):
     assert tokenizer.encode("<|endoftext|>", allowed_special="all") == eot
 
 
+@pytest.mark.slow
 def test_gpt2_tokenizer_offline_says_what_to_do(tmp_path):
     """A process of its own, in which no connection can be made and the cache is empty."""
     code = (
@@ -86,6 +87,7 @@ def encoded_in_pieces(content, tokenizer, size, monkeypatch, start=0):
     return fastgpt.data.encode(File(content), start, len(content), tokenizer, out).tolist()
 
 
+@pytest.mark.slow
 def test_pieces_of_a_text_give_the_tokens_of_the_whole(tokenizer, monkeypatch):
     rng = random.Random(0)
     for _ in range(600):
