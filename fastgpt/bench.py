@@ -569,7 +569,7 @@ def try_report_files(args):
         try_picture(args.plot)
 
 
-def write_report(args, argv, results, section, plot):
+def write_report(args, argv, results, section, plot=None):
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
     if args.markdown:

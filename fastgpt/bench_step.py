@@ -6,11 +6,9 @@ them is to the limits of the machine.
 """
 
 import argparse
-import json
 import os
 import statistics
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -216,12 +214,8 @@ def main(argv):
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--markdown", metavar="FILE", help="write this machine's section of a report here")
+    parser.set_defaults(plot=None)  # it draws nothing
     args = parser.parse_args(argv)
-    for path in (args.json, args.markdown):
-        if path is not None:
-            bench.try_file(path)
+    bench.try_report_files(args)
     results = report(args.seconds, not args.no_compile, args.case)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
-    if args.markdown:
-        bench.write_markdown(args.markdown, results, argv, section)
+    bench.write_report(args, argv, results, section)

@@ -456,9 +456,5 @@ def main(argv=None):
         gpt.progress("")
         print(f"what is done is kept; `fastgpt compare --out {typed.get('out', 'compare')}` goes on", flush=True)
         sys.exit(128 + (interrupts.number or signal.SIGINT))
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # torch's word for too little memory
-            raise
-        raise MemoryError(gpt.one_line(error)) from error
     finally:
         interrupts.give_back()

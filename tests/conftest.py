@@ -68,12 +68,22 @@ def one_thread(threads):
     threads(1)
 
 
+@pytest.fixture(scope="session")
+def text_in():
+    """A function that writes a small text to train on. -> its path"""
+
+    def write(folder, name="text.txt", sentence="the quick brown fox jumps over the lazy dog. "):
+        path = folder / name
+        path.write_text(sentence * 60, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path, text_in):
     """A small text to train on."""
-    path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
-    return str(path)
+    return text_in(tmp_path)
 
 
 @pytest.fixture

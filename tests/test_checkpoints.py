@@ -41,11 +41,9 @@ def train(out, *more, ops=None):
 
 
 @pytest.fixture(scope="module")
-def a_run(tmp_path_factory):
+def a_run(tmp_path_factory, text_in):
     folder = tmp_path_factory.mktemp("run")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
-    train(folder / "out", "--data", str(text), *TINY)
+    train(folder / "out", "--data", text_in(folder), *TINY)
     return folder / "out"
 
 

@@ -33,11 +33,9 @@ def base(data, tmp_path):
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path, text_in):
     """Another text than the base's."""
-    path = tmp_path / "other.txt"
-    path.write_text("pack my box with five dozen liquor jugs; " * 60, encoding="utf-8")
-    return str(path)
+    return text_in(tmp_path, "other.txt", "pack my box with five dozen liquor jugs; ")
 
 
 @pytest.fixture
